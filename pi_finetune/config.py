@@ -1,0 +1,107 @@
+"""Loading of experiment YAML files: HyperPyYAML plus ``extends`` and checked overrides."""
+
+import difflib
+import io
+import re
+from pathlib import Path
+
+import ruamel.yaml
+from hyperpyyaml import load_hyperpyyaml, resolve_references
+from hyperpyyaml.core import recursive_update
+
+from pi_finetune.errors import UserError
+
+#: Folder of the project: ``project_root: !ref <...>`` in YAML resolves shipped files against it.
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_hparams(path, overrides=None):
+    """Load an experiment file.
+
+    A file may begin with ``extends: OTHER.yaml``; then OTHER (relative to the
+    file) is loaded with the rest of this file as overrides. ``!include:``
+    paths are relative to the file they stand in.
+
+    Arguments
+    ---------
+    path : str or Path
+        The YAML file.
+    overrides : dict or str, optional
+        Values that replace top-level keys, as ``speechbrain.parse_arguments``
+        returns them. A key the file does not have is an error.
+
+    Returns
+    -------
+    (dict, str)
+        The instantiated hyperparameters, and the YAML text they came from with
+        every reference and include resolved (what a run folder keeps).
+
+    Raises
+    ------
+    UserError
+        A file is missing or is no YAML, a key is unknown, a reference is wrong.
+    """
+    tree = _merged_tree(Path(path))
+    if overrides:
+        if isinstance(overrides, str):
+            overrides = ruamel.yaml.YAML().load(overrides)
+        _check_keys(overrides, tree, path)
+        recursive_update(tree, overrides)
+    try:
+        text = resolve_references(io.StringIO(_dump(tree))).getvalue()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: !include names a file that is not there: {error.filename}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: {' '.join(str(part) for part in error.args)}") from None
+    try:
+        return load_hyperpyyaml(text), text
+    except UserError:
+        raise
+    except TypeError as error:
+        # HyperPyYAML's "Invalid argument to class X" wraps the constructor's own error.
+        raise UserError(f"{path}: {' '.join(str(part) for part in error.args)}") from error
+
+
+def _merged_tree(path, _seen=()):
+    if path.resolve() in _seen:
+        raise UserError(f"{path}: 'extends' goes round in a circle.")
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"Cannot read the experiment file {path}: {error.strerror}.") from None
+    # Includes become absolute here, since the merged text has no folder of its own.
+    text = re.sub(
+        r"!include:([^\s,}\]]+)",
+        lambda match: f"!include:{(path.parent / match.group(1)).resolve()}",
+        text,
+    )
+    try:
+        tree = ruamel.yaml.YAML().load(text)
+    except ruamel.yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no mapping of keys to values.")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    merged = _merged_tree(path.parent / base, (*_seen, path.resolve()))
+    for key, value in tree.items():
+        # Whole values are replaced: a strategy's block must not inherit half of the base's.
+        merged[key] = value
+    return merged
+
+
+def _check_keys(overrides, tree, path):
+    for key in overrides:
+        if key not in tree:
+            close = difflib.get_close_matches(str(key), [str(k) for k in tree], n=1)
+            hint = f" Did you mean --{close[0]}?" if close else ""
+            raise UserError(f"--{key}: {path} has no such key.{hint} Its keys: {', '.join(tree)}.")
+
+
+def _dump(tree):
+    stream = io.StringIO()
+    ruamel.yaml.YAML().dump(tree, stream)
+    return stream.getvalue()

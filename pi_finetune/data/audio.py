@@ -1,0 +1,75 @@
+"""Checked reading of audio: every failure names the file and what to do."""
+
+from pathlib import Path
+
+import torch
+from speechbrain.dataio import audio_io
+
+from pi_finetune.errors import UserError
+
+SAMPLE_RATE = 16000
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+
+# Below this RMS (about -100 dBFS) a signal counts as silent: no SNR or score is defined for it.
+SILENCE_RMS = 1e-5
+
+
+def audio_info(path):
+    """Return ``audio_io.info(path)`` after checking that the file is 16 kHz, mono and not empty."""
+    try:
+        info = audio_io.info(str(path))
+    except Exception as error:
+        raise UserError(
+            f"{path}: cannot be read as audio ({error}). Remove or replace the file."
+        ) from None
+    if info.sample_rate != SAMPLE_RATE:
+        raise UserError(
+            f"{path}: sampled at {info.sample_rate} Hz, needed are {SAMPLE_RATE} Hz. "
+            f"Convert it, e.g. with: sox IN -r {SAMPLE_RATE} OUT"
+        )
+    if info.channels != 1:
+        raise UserError(
+            f"{path}: has {info.channels} channels, needed is one. "
+            "Convert it, e.g. with: sox IN OUT remix 1"
+        )
+    if info.frames == 0:
+        raise UserError(f"{path}: holds no samples. Remove or replace the file.")
+    return info
+
+
+def read_audio(path, start=0, frames=-1):
+    """Read samples ``start`` to ``start + frames`` of a 16 kHz mono file.
+
+    Returns
+    -------
+    torch.Tensor
+        [T], float32.
+    """
+    try:
+        wav, rate = audio_io.load(str(path), frame_offset=start, num_frames=frames)
+    except Exception as error:
+        raise UserError(
+            f"{path}: cannot be read as audio ({error}). Remove or replace the file."
+        ) from None
+    if rate != SAMPLE_RATE or wav.shape[0] != 1:
+        audio_info(path)  # raises the message that fits
+    wav = wav[0]
+    if wav.numel() == 0 or not torch.isfinite(wav).all():
+        raise UserError(
+            f"{path}: holds no samples or non-finite ones from sample {start} on. "
+            "Remove or replace the file."
+        )
+    return wav
+
+
+def is_silent(wav):
+    """Whether the RMS of ``wav`` [T] is below :data:`SILENCE_RMS`."""
+    return float(wav.square().mean().sqrt()) < SILENCE_RMS
+
+
+def find_audio(folder):
+    """Return the sorted audio files under ``folder``; an error if there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder.")
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)

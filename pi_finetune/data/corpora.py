@@ -1,0 +1,261 @@
+"""From a corpus folder to a manifest.
+
+A manifest is a plain mapping ``{id: {"wav": path, "duration": seconds, "speaker":
+..., "text": str or None}}``, the form of SpeechBrain's JSON manifests. Corpora
+with ready-made mixtures (VoiceBank-DEMAND) also have ``"noisy"`` and, where
+the corpus states it, ``"snr"`` and ``"noise_class"``.
+"""
+
+import fnmatch
+import json
+import os
+import zlib
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pi_finetune.data.audio import SAMPLE_RATE, audio_info, find_audio
+from pi_finetune.errors import UserError
+
+
+def prepare_speech(folder, splits, min_seconds=0.1):
+    """Make the manifest of some splits of a corpus whose layout is recognised by its folders.
+
+    Arguments
+    ---------
+    folder : str or Path
+        LibriSpeech layout (``SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac``) or
+        VoiceBank-DEMAND layout (``clean_*_wav`` beside ``noisy_*_wav``).
+    splits : str or list of str
+        Names or glob patterns of the splits, e.g. ``"train-*"``. For
+        VoiceBank-DEMAND, ``train``, ``dev`` (speakers p226 and p287 of the training
+        set, as is usual) and ``test``; a trailing ``*`` is allowed.
+    min_seconds : float
+        Shorter utterances are refused: the teacher could make no frame of them.
+
+    Returns
+    -------
+    dict
+        The manifest, sorted by id.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"data_folder: {folder} is no folder.")
+    splits = [splits] if isinstance(splits, str) else list(splits)
+    if any(folder.glob("clean_*_wav")):
+        manifest = _voicebank(folder, splits)
+    else:
+        manifest = prepare_librispeech(folder, splits)
+    short = [k for k, v in manifest.items() if v["duration"] < min_seconds]
+    if short:
+        first = manifest[short[0]]
+        raise UserError(
+            f"{first['wav']}: {first['duration']:.3f} s is too short, needed are {min_seconds} s "
+            f"({len(short)} such files). Remove them from the corpus folder."
+        )
+    return manifest
+
+
+def prepare_librispeech(folder, splits):
+    """Make the manifest of a LibriSpeech-layout corpus; ``text`` is None without a transcript."""
+    folder = Path(folder)
+    chosen = _matching_folders(folder, splits)
+    manifest = {}
+    for split in chosen:
+        files = find_audio(split)
+        texts = {}
+        for transcript in split.rglob("*.trans.txt"):
+            for line in transcript.read_text(encoding="utf-8").splitlines():
+                utterance, _, text = line.strip().partition(" ")
+                texts[utterance] = text
+        for path in tqdm(
+            files, desc=f"reading {split.name}", leave=False, disable=len(files) < 500
+        ):
+            if path.stem in manifest:
+                raise UserError(f"{path}: the id {path.stem} is also {manifest[path.stem]['wav']}.")
+            manifest[path.stem] = {
+                "wav": str(path),
+                "duration": audio_info(path).frames / SAMPLE_RATE,
+                "speaker": path.stem.split("-")[0],
+                "text": texts.get(path.stem),
+            }
+    if not manifest:
+        raise UserError(
+            f"data_folder: no audio in {', '.join(str(s) for s in chosen)}; expected "
+            "SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac."
+        )
+    return dict(sorted(manifest.items()))
+
+
+def _matching_folders(folder, patterns):
+    if not folder.is_dir():
+        raise UserError(f"data_folder: {folder} is no folder.")
+    present = sorted(p for p in folder.iterdir() if p.is_dir())
+    chosen = []
+    for pattern in patterns:
+        matches = [p for p in present if fnmatch.fnmatch(p.name, pattern)]
+        if not matches:
+            raise UserError(
+                f"{folder} has no split {pattern!r}; it has: "
+                f"{', '.join(p.name for p in present) or 'no folders at all'}. "
+                "Name the splits with --train_splits, --valid_splits, --test_splits."
+            )
+        chosen += [p for p in matches if p not in chosen]
+    return chosen
+
+
+_VOICEBANK_DEV_SPEAKERS = ("p226", "p287")
+
+
+def _voicebank(folder, splits):
+    """VoiceBank-DEMAND (Valentini-Botinhao 2017), resampled to 16 kHz, transcripts in ``*_txt``."""
+    manifest = {}
+    for split in splits:
+        kind = "testset" if split.startswith("test") else "trainset"
+        clean_folders = sorted(folder.glob(f"clean_{kind}*_wav"))
+        if not clean_folders:
+            raise UserError(f"data_folder: {folder} has no clean_{kind}*_wav for split {split!r}.")
+        log = _voicebank_log(folder, kind)
+        for clean_folder in clean_folders:
+            noisy_folder = folder / clean_folder.name.replace("clean_", "noisy_", 1)
+            for clean in find_audio(clean_folder):
+                speaker = clean.stem.split("_")[0]
+                is_dev = speaker in _VOICEBANK_DEV_SPEAKERS
+                if kind == "trainset" and is_dev != split.startswith(("dev", "valid")):
+                    continue
+                noisy = noisy_folder / clean.name
+                if not noisy.is_file():
+                    raise UserError(f"{noisy}: missing; it is the noisy version of {clean}.")
+                frames = audio_info(clean).frames
+                if audio_info(noisy).frames != frames:
+                    raise UserError(f"{noisy}: not as long as {clean}.")
+                text = folder / f"{kind}_txt" / f"{clean.stem}.txt"
+                manifest[clean.stem] = {
+                    "wav": str(clean),
+                    "noisy": str(noisy),
+                    "duration": frames / SAMPLE_RATE,
+                    "speaker": speaker,
+                    "text": text.read_text(encoding="utf-8").strip() if text.is_file() else None,
+                    **log.get(clean.stem, {}),
+                }
+    if not manifest:
+        raise UserError(f"data_folder: {folder} holds no utterance of the splits {splits}.")
+    return dict(sorted(manifest.items()))
+
+
+def _voicebank_log(folder, kind):
+    """Noise class and SNR from the corpus's own log files, lines ``p232_001 bus 12.5``."""
+    entries = {}
+    for path in sorted(folder.glob(f"log_{kind}*.txt")):
+        for line in path.read_text().splitlines():
+            fields = line.split()
+            if len(fields) == 3:
+                entries[fields[0]] = {"noise_class": fields[1], "snr": float(fields[2])}
+    return entries
+
+
+#: Shares of each class's recordings, or of the time of a single recording, per split.
+_NOISE_SHARES = (("test", 0.2), ("dev", 0.15), ("train", 1.0))
+
+
+def prepare_noise(folder, split, classes=None):
+    """Make the noise manifest of one split; no recording second is in two splits.
+
+    The class of ``CLASS-anything.flac`` is CLASS; of DEMAND's ``CLASS/ch01.wav`` it is the
+    folder (channels 2 to 16 are the same moment again and are left out); of any other file, its
+    stem. Within a class, recordings are divided between train, dev and test by a hash of their
+    name; takes ``-A``, ``-B`` of one ESC recording stay together. A class with fewer than four
+    recordings is divided in time.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Searched recursively.
+    split : str
+        ``train``, ``dev`` or ``test``.
+    classes : list of str, optional
+        Keep these classes only. Default: all.
+
+    Returns
+    -------
+    dict
+        ``{id: {"wav", "class", "start", "frames"}}``, start and frames in samples.
+    """
+    folder = Path(folder)
+    by_class = {}
+    for path in find_audio(folder):
+        name = _noise_class(path)
+        if name is not None:
+            by_class.setdefault(name, []).append(path)
+    if not by_class:
+        raise UserError(f"noise_folder: no audio file in {folder}.")
+    if classes is not None:
+        missing = sorted(set(classes) - set(by_class))
+        if missing:
+            raise UserError(
+                f"noise_classes: {folder} has no {', '.join(missing)}; "
+                f"it has: {', '.join(sorted(by_class))}."
+            )
+        by_class = {name: by_class[name] for name in classes}
+
+    manifest = {}
+    for name, paths in sorted(by_class.items()):
+        groups = {}
+        for path in paths:
+            groups.setdefault(_recording(path), []).append(path)
+        order = sorted(groups, key=lambda recording: (zlib.crc32(recording.encode()), recording))
+        by_time = len(order) < 4
+        cuts = _cuts(len(order))
+        for rank, recording in enumerate(order):
+            for path in groups[recording]:
+                frames = audio_info(path).frames
+                start, stop = 0, frames
+                if by_time:
+                    start, stop = (int(edge * frames) for edge in _time_cut(split))
+                elif not cuts[split][0] <= rank < cuts[split][1]:
+                    continue
+                manifest[str(path.relative_to(folder))] = {
+                    "wav": str(path),
+                    "class": name,
+                    "start": start,
+                    "frames": stop - start,
+                }
+    return manifest
+
+
+def _noise_class(path):
+    if path.stem.startswith("ch") and path.stem[2:].isdigit():
+        return path.parent.name if path.stem == "ch01" else None
+    return path.stem.split("-")[0]
+
+
+def _recording(path):
+    # ESC names clips CLASS-FOLD-RECORDING-TAKE; takes of one recording sound alike.
+    parts = path.stem.split("-")
+    return "-".join(parts[:-1]) if len(parts) == 4 and len(parts[-1]) == 1 else path.stem
+
+
+def _cuts(count):
+    edges, start = {}, 0
+    for split, share in _NOISE_SHARES:
+        stop = count if split == "train" else start + max(1, round(share * count))
+        edges[split] = (start, stop)
+        start = stop
+    return edges
+
+
+def _time_cut(split):
+    edges, start = {}, 0.0
+    for name, share in _NOISE_SHARES:
+        edges[name] = (start, min(1.0, start + share))
+        start = edges[name][1]
+    return edges[split]
+
+
+def write_manifest(manifest, path):
+    """Write a manifest as JSON, atomically: SpeechBrain's ``from_json`` can read it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(manifest, indent=1))
+    os.replace(temporary, path)

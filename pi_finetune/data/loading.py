@@ -1,0 +1,156 @@
+"""Datasets of noisy/clean pairs, and the sampler that counts in updates."""
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
+from pi_finetune.errors import UserError
+from pi_finetune.seeding import utterance_rng
+
+
+class SpeechPairs(Dataset):
+    """Noisy/clean pairs of a speech manifest.
+
+    An item is addressed by its index (development and test sets: the same
+    mixture always) or by ``(index, data_pass)`` as :class:`UpdateSampler`
+    yields them (training: another crop and mixture in every pass).
+
+    Arguments
+    ---------
+    manifest : dict
+        From :func:`pi_finetune.data.corpora.prepare_speech`. Entries with a ``noisy`` file are
+        taken as they are; the others are mixed on the fly.
+    mixer : pi_finetune.data.mixing.NoiseMixer, optional
+        Needed unless every entry has a ``noisy`` file.
+    seed : int
+        Seed of all draws; see :mod:`pi_finetune.seeding`.
+    segment_seconds : float, optional
+        Length of a random crop; shorter utterances are taken whole. Default: no cropping.
+    each_snr : bool
+        Mix every utterance at every SNR of the mixer (ids get a suffix ``@5dB``)
+        instead of drawing one. Default: False.
+    """
+
+    def __init__(self, manifest, mixer=None, seed=0, segment_seconds=None, each_snr=False):
+        if not manifest:
+            raise UserError("The manifest is empty: no utterance matches the chosen splits.")
+        if mixer is None and not all("noisy" in entry for entry in manifest.values()):
+            raise UserError("noise_folder: needed, since the corpus has no noisy files of its own.")
+        self.manifest = manifest
+        self.mixer = mixer
+        self.seed = seed
+        self.segment = None if segment_seconds is None else int(segment_seconds * SAMPLE_RATE)
+        snrs = mixer.snrs if each_snr and mixer is not None else [None]
+        self.items = [(key, snr) for key in manifest for snr in snrs]
+
+    def __len__(self):
+        return len(self.items)
+
+    def item_id(self, index):
+        """The id of the pair at ``index``, without reading audio."""
+        key, snr = self.items[index]
+        return key if snr is None else f"{key}@{snr:g}dB"
+
+    def __getitem__(self, address):
+        index, data_pass = address if isinstance(address, tuple) else (address, 0)
+        key, snr = self.items[index]
+        entry = self.manifest[key]
+        rng = utterance_rng(self.seed, data_pass, key, "mixture")
+        start, frames = self._crop(entry, rng)
+        clean = read_audio(entry["wav"], start, frames)
+        if is_silent(clean):
+            if self.segment is not None and start + frames < entry["duration"] * SAMPLE_RATE:
+                clean = read_audio(entry["wav"], 0, frames)  # a pause: take the beginning instead
+                start = 0
+            if is_silent(clean):
+                raise UserError(
+                    f"{entry['wav']}: silent from sample {start} on. Remove or replace it."
+                )
+        info = {"snr": entry.get("snr"), "noise_class": entry.get("noise_class")}
+        if "noisy" in entry:
+            noisy = read_audio(entry["noisy"], start, frames)
+        else:
+            noisy, clean, info = self.mixer(clean, rng, snr)
+        return {
+            "id": self.item_id(index),
+            "data_pass": data_pass,
+            "noisy": noisy,
+            "clean": clean,
+            "text": entry["text"],
+            "duration": clean.shape[-1] / SAMPLE_RATE,
+            **info,
+        }
+
+    def _crop(self, entry, rng):
+        total = round(entry["duration"] * SAMPLE_RATE)
+        if self.segment is None or total <= self.segment:
+            return 0, total
+        return int(rng.integers(total - self.segment + 1)), self.segment
+
+
+class UpdateSampler(Sampler):
+    """Goes through a dataset in shuffled passes, cut into epochs of a fixed number of items.
+
+    An "epoch" of the Brain is then a fixed number of updates, whatever the
+    corpus size, which puts all runs on one axis. Passes do not repeat an
+    utterance before all others were seen. The order depends on the seed alone.
+
+    Yields
+    ------
+    (int, int)
+        Index of the utterance, and number of the pass over the data, from 0.
+    """
+
+    def __init__(self, dataset_size, items_per_epoch, seed):
+        self.dataset_size = dataset_size
+        self.items_per_epoch = items_per_epoch
+        self.seed = seed
+        self.epoch = 1
+
+    def set_epoch(self, epoch):
+        """Called by SpeechBrain's Brain before each epoch (the first is 1)."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.items_per_epoch
+
+    def __iter__(self):
+        order, order_pass = None, None
+        first = (self.epoch - 1) * self.items_per_epoch
+        for position in range(first, first + self.items_per_epoch):
+            data_pass, index = divmod(position, self.dataset_size)
+            if data_pass != order_pass:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + data_pass)
+                order = torch.randperm(self.dataset_size, generator=generator).tolist()
+                order_pass = data_pass
+            yield order[index], data_pass
+
+
+def sample_lengths(padded):
+    """Lengths [B] in samples of a SpeechBrain ``PaddedData``, which holds them as shares of T.
+
+    Exact up to 2**22 samples (4 min at 16 kHz), beyond which float32 shares are too coarse.
+    """
+    return (padded.lengths * padded.data.shape[1]).round().long()
+
+
+def choose(manifest, count, max_seconds=None, seed=0):
+    """Keep ``count`` utterances (all if None) of at most ``max_seconds``, spread over speakers.
+
+    Speakers take turns; within a speaker the order is drawn with ``seed``. The
+    choice of a smaller count is contained in that of a larger one.
+    """
+    by_speaker = {}
+    for key, entry in manifest.items():
+        if max_seconds is None or entry["duration"] <= max_seconds:
+            by_speaker.setdefault(entry["speaker"], []).append(key)
+    if not by_speaker:
+        raise UserError(f"No utterance is at most {max_seconds} s long. Raise the limit.")
+    queues = []
+    for speaker in sorted(by_speaker):
+        keys = sorted(by_speaker[speaker])
+        utterance_rng(seed, 0, speaker, "choice").shuffle(keys)
+        queues.append(keys)
+    rounds = max(map(len, queues))
+    turns = [keys[i] for i in range(rounds) for keys in queues if i < len(keys)]
+    return {key: manifest[key] for key in sorted(turns[:count])}
