@@ -1,0 +1,288 @@
+"""Per-utterance scores of enhanced speech, and word errors of what a recogniser heard.
+
+The reference comes first everywhere, as in ``pesq``, ``pystoi`` and ``jiwer``.
+A score that cannot be computed (silence on either side, too short, not finite)
+is None: it is to be counted, never replaced by a number.
+"""
+
+import functools
+import math
+import warnings
+
+import numpy as np
+from pesq import pesq
+from pystoi import stoi as pystoi
+
+SAMPLE_RATE = 16000
+#: Peak (after removing the mean) under which a signal counts as silent: -120 dBFS.
+SILENCE = 1e-6
+#: Longest signal given to PESQ at once. Its reference implementation keeps 50 utterances and
+#: overwrites memory beyond them; 50 need at least 50 * (0.200 + 0.188) s = 19.4 s.
+PESQ_SECONDS = 19.0
+#: STOI compares 30 frames of 256 samples, hop 128, at 10 kHz.
+STOI_SECONDS = (29 * 128 + 256) / 10000
+
+SIGNAL_SCORES = ("pesq", "stoi", "estoi", "si_sdr")
+
+
+def pesq_wb(reference, estimate):
+    """Wide-band PESQ (ITU-T P.862.2), MOS-LQO, 1.04 to 4.64, higher is better.
+
+    A signal of more than 19 s is scored in equal consecutive pieces of at most
+    19 s, and the mean over the pieces that can be scored is returned.
+
+    Arguments
+    ---------
+    reference, estimate : np.ndarray
+        Clean and degraded waveform [T], 16 kHz, of one length.
+
+    Returns
+    -------
+    float or None
+        None for a silent or non-finite signal, for less than 0.25 s and where
+        PESQ finds no utterance.
+
+    Raises
+    ------
+    ValueError
+        The arrays are not one-dimensional or differ in length.
+    """
+    reference, estimate = _pair(reference, estimate)
+    pieces = max(1, math.ceil(len(reference) / (PESQ_SECONDS * SAMPLE_RATE)))
+    scores = [
+        score
+        for piece in zip(np.array_split(reference, pieces), np.array_split(estimate, pieces))
+        if (score := _pesq_piece(*piece)) is not None
+    ]
+    return float(np.mean(scores)) if scores else None
+
+
+def _pesq_piece(reference, estimate):
+    if not (_scorable(reference) and _scorable(estimate)):
+        return None
+    try:
+        score = float(pesq(SAMPLE_RATE, reference, estimate, "wb"))
+    except (
+        Exception
+    ):  # the package raises its own errors, and ValueError where the model yields NaN
+        return None
+    return score if math.isfinite(score) else None
+
+
+def stoi(reference, estimate):
+    """Short-time objective intelligibility, about 0 to 1, higher is better (Taal et al. 2011).
+
+    Arguments, returns and errors as :func:`pesq_wb`; None for less than 0.4 s
+    of speech (STOI drops silent frames first).
+    """
+    return _stoi(reference, estimate, extended=False)
+
+
+def estoi(reference, estimate):
+    """Extended STOI (Jensen & Taal 2016); as :func:`stoi`."""
+    return _stoi(reference, estimate, extended=True)
+
+
+def _stoi(reference, estimate, extended):
+    reference, estimate = _pair(reference, estimate)
+    if not (_scorable(reference) and _scorable(estimate)):
+        return None
+    if len(reference) < STOI_SECONDS * SAMPLE_RATE:
+        return None
+    # pystoi adds noise of 1e-16 from NumPy's global generator: scores must not depend on what
+    # else was drawn from it, nor change what is drawn next.
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        with warnings.catch_warnings():
+            # pystoi's answer to "too short" is a warning and 1e-5, which would pass for a score.
+            warnings.filterwarnings("error", message="Not enough STFT frames")
+            score = float(pystoi(reference, estimate, SAMPLE_RATE, extended=extended))
+    except RuntimeWarning:
+        return None
+    finally:
+        np.random.set_state(state)
+    return score if math.isfinite(score) else None
+
+
+def si_sdr(reference, estimate):
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019).
+
+    Both signals' means are removed first. The ratio is bounded by the float64
+    resolution, at +-156.5 dB, so that a perfect estimate has a finite score.
+    Arguments, returns and errors as :func:`pesq_wb`; None for silence.
+    """
+    reference, estimate = _pair(reference, estimate)
+    if not (_scorable(reference) and _scorable(estimate)):
+        return None
+    reference = reference - reference.mean()
+    estimate = estimate - estimate.mean()
+    target = (estimate @ reference) / (reference @ reference) * reference
+    error = estimate - target
+    floor = np.finfo(np.float64).eps * (estimate @ estimate)
+    return float(10 * np.log10((target @ target + floor) / (error @ error + floor)))
+
+
+def signal_scores(reference, estimate):
+    """All signal scores of one utterance: ``{"pesq", "stoi", "estoi", "si_sdr"}``.
+
+    Arguments and errors as :func:`pesq_wb`.
+    """
+    return {
+        "pesq": pesq_wb(reference, estimate),
+        "stoi": stoi(reference, estimate),
+        "estoi": estoi(reference, estimate),
+        "si_sdr": si_sdr(reference, estimate),
+    }
+
+
+def score_batch(references, estimates, workers=1, timeout=600):
+    """Signal scores of several utterances, on several processes if asked.
+
+    Arguments
+    ---------
+    references, estimates : list of np.ndarray
+        Waveforms [T], one pair per utterance.
+    workers : int
+        Processes. 1 scores in this one. PESQ holds Python's lock, so threads
+        would not help.
+    timeout : float
+        Seconds one utterance may take on a worker before TimeoutError.
+
+    Returns
+    -------
+    list of dict
+        :func:`signal_scores` of each pair, in order.
+
+    Raises
+    ------
+    ValueError
+        The lists, or the waveforms of a pair, differ in length.
+    TimeoutError
+        A worker took longer than ``timeout``. A worker that dies raises too:
+        nothing waits for ever.
+    """
+    if len(references) != len(estimates):
+        raise ValueError(f"{len(references)} references but {len(estimates)} estimates")
+    if workers <= 1 or len(references) < 2:
+        return [signal_scores(*pair) for pair in zip(references, estimates)]
+    from joblib import Parallel, delayed
+
+    # max_nbytes=None: waveforms are small, sending them beats memory-mapping them.
+    run = Parallel(n_jobs=workers, backend="loky", timeout=timeout, max_nbytes=None)
+    return run(delayed(signal_scores)(*pair) for pair in zip(references, estimates))
+
+
+def mean_score(values):
+    """Mean over the scores that are there.
+
+    Arguments
+    ---------
+    values : iterable of (float or None)
+
+    Returns
+    -------
+    (float or None, int)
+        The mean (None if there is none) and how many were missing.
+    """
+    values = list(values)
+    present = [value for value in values if value is not None]
+    return (float(np.mean(present)) if present else None), len(values) - len(present)
+
+
+@functools.cache
+def _normaliser():
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    return EnglishTextNormalizer({})
+
+
+def normalise_text(text):
+    """Whisper's English text normalisation, applied to both sides before words are compared.
+
+    Lower case; punctuation, diacritics, bracketed remarks and fillers (uh, um)
+    dropped; contractions written out ("don't" to "do not", "'s" to "is");
+    spelled-out numbers to digits ("twenty five" to "25"). Of OpenAI's steps the
+    one left out is British to American spelling, whose table `transformers`
+    does not ship.
+
+    Arguments
+    ---------
+    text : str
+
+    Returns
+    -------
+    str
+        Words separated by single spaces; "" where nothing is left.
+    """
+    # It leaves the lone "." of an ellipsis, which is no word.
+    return " ".join(w for w in _normaliser()(text).split() if any(map(str.isalnum, w)))
+
+
+def word_errors(reference, hypothesis):
+    """Word errors of one utterance, counted by `jiwer` on normalised text.
+
+    An empty hypothesis is all deletions; under an empty reference every word is
+    an insertion.
+
+    Arguments
+    ---------
+    reference, hypothesis : str
+        Raw texts.
+
+    Returns
+    -------
+    dict
+        ``hypothesis``, ``reference`` (as given) and the counts ``hits``,
+        ``substitutions``, ``deletions``, ``insertions``.
+    """
+    for name, text in (("reference", reference), ("hypothesis", hypothesis)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a str, got {type(text).__name__}")
+    counts = {"hits": 0, "substitutions": 0, "deletions": 0, "insertions": 0}
+    words, heard = normalise_text(reference), normalise_text(hypothesis)
+    if words:
+        import jiwer
+
+        output = jiwer.process_words(words, heard)
+        counts = {name: getattr(output, name) for name in counts}
+    else:  # jiwer refuses an empty reference
+        counts["insertions"] = len(heard.split())
+    return {"hypothesis": hypothesis, "reference": reference, **counts}
+
+
+def wer(records):
+    """Word error rate of a set in percent: all errors over all reference words.
+
+    Arguments
+    ---------
+    records : iterable of (dict or None)
+        What :func:`word_errors` returned; None (no transcript) is passed over.
+
+    Returns
+    -------
+    float or None
+        None where the references hold no word. Insertions can push it over 100.
+    """
+    records = [record for record in records if record is not None]
+    errors = sum(r["substitutions"] + r["deletions"] + r["insertions"] for r in records)
+    words = sum(r["hits"] + r["substitutions"] + r["deletions"] for r in records)
+    return 100 * errors / words if words else None
+
+
+def _pair(reference, estimate):
+    reference, estimate = np.asarray(reference, np.float64), np.asarray(estimate, np.float64)
+    if reference.ndim != 1 or reference.shape != estimate.shape:
+        raise ValueError(
+            "reference and estimate must be waveforms [T] of one length, "
+            f"got shapes {list(reference.shape)} and {list(estimate.shape)}"
+        )
+    return reference, estimate
+
+
+def _scorable(signal):
+    return bool(
+        len(signal)
+        and np.isfinite(signal).all()
+        and np.abs(signal - signal.mean()).max() >= SILENCE
+    )

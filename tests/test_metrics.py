@@ -1,0 +1,204 @@
+"""Scores against values worked out by hand, and everything that cannot be scored."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pi_finetune import metrics
+
+RATE = metrics.SAMPLE_RATE
+
+
+@pytest.fixture
+def speech():
+    """Two seconds of noise in syllable-like bursts."""
+    rng = np.random.default_rng(0)
+    time = np.arange(2 * RATE) / RATE
+    envelope = np.clip(np.sin(2 * np.pi * 3 * time), 0, None) + 0.01
+    return 0.2 * envelope * rng.standard_normal(len(time))
+
+
+def noisy(speech, snr, seed=1):
+    noise = np.random.default_rng(seed).standard_normal(len(speech))
+    noise *= np.linalg.norm(speech) / np.linalg.norm(noise) * 10 ** (-snr / 20)
+    return speech + noise
+
+
+def test_si_sdr_by_hand():
+    # reference and error orthogonal and free of mean: ratio of energies 100 to 1.
+    reference = np.array([1.0, -1.0, 1.0, -1.0])
+    error = np.array([0.1, 0.1, -0.1, -0.1])
+    assert metrics.si_sdr(reference, reference + error) == pytest.approx(20.0)
+    # a scale and a mean on either side change nothing
+    assert metrics.si_sdr(3 * reference + 5, -0.2 * (reference + error) + 7) == pytest.approx(20.0)
+
+
+def test_si_sdr_bounds_are_finite(speech):
+    assert metrics.si_sdr(speech, speech) == pytest.approx(156.5, abs=0.1)
+    orthogonal = np.array([1.0, 1.0, -1.0, -1.0])
+    assert metrics.si_sdr(np.array([1.0, -1.0, 1.0, -1.0]), orthogonal) == pytest.approx(
+        -156.5, abs=0.1
+    )
+
+
+@pytest.mark.parametrize("name", metrics.SIGNAL_SCORES)
+def test_scores_fall_with_noise(speech, name):
+    scores = [metrics.signal_scores(speech, noisy(speech, snr))[name] for snr in (30, 10, -5)]
+    assert scores[0] > scores[1] > scores[2]
+
+
+def test_identical_signals_have_the_best_score(speech):
+    assert metrics.pesq_wb(speech, speech) == pytest.approx(4.644, abs=1e-3)
+    assert metrics.stoi(speech, speech) == pytest.approx(1.0)
+    assert metrics.estoi(speech, speech) == pytest.approx(1.0)
+
+
+def test_estoi_is_not_stoi(speech):
+    degraded = noisy(speech, 5)
+    assert abs(metrics.stoi(speech, degraded) - metrics.estoi(speech, degraded)) > 0.01
+
+
+def test_clipped_signal_is_scored(speech):
+    loud = 20 * speech
+    scores = metrics.signal_scores(speech, np.clip(loud, -1, 1))
+    assert all(np.isfinite(score) for score in scores.values())
+    assert scores["si_sdr"] < metrics.si_sdr(speech, loud)
+    assert scores["pesq"] < 4.6
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: np.zeros_like(x),
+        lambda x: np.full_like(x, 0.3),
+        lambda x: np.where(np.arange(len(x)) == 7, np.nan, x),
+        lambda x: np.where(np.arange(len(x)) == 7, np.inf, x),
+        lambda x: 1e-8 * x,
+    ],
+    ids=["silent", "constant", "nan", "inf", "inaudible"],
+)
+def test_what_cannot_be_scored_is_none_on_either_side(speech, spoil):
+    nothing = dict.fromkeys(metrics.SIGNAL_SCORES)
+    assert metrics.signal_scores(speech, spoil(speech)) == nothing
+    assert metrics.signal_scores(spoil(speech), speech) == nothing
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100, 3999])
+def test_too_short_is_none_but_si_sdr_needs_no_length(speech, samples):
+    reference = speech[3000 : 3000 + samples]
+    scores = metrics.signal_scores(reference, noisy(speech, 10)[3000 : 3000 + samples])
+    assert scores["pesq"] is None and scores["stoi"] is None and scores["estoi"] is None
+    assert (scores["si_sdr"] is None) == (samples <= 1)
+
+
+def test_stoi_of_little_speech_in_silence_is_none(speech):
+    reference = np.zeros(2 * RATE)
+    reference[:4000] = speech[:4000]
+    assert metrics.stoi(reference, noisy(reference, 10)) is None
+    assert metrics.estoi(reference, noisy(reference, 10)) is None
+
+
+def test_estoi_neither_uses_nor_moves_the_global_generator(speech):
+    np.random.seed(3)
+    first = metrics.estoi(speech, noisy(speech, 0))
+    drawn = np.random.rand()
+    np.random.seed(3)
+    assert drawn == np.random.rand()
+    assert first == metrics.estoi(speech, noisy(speech, 0))
+
+
+def test_pesq_survives_more_utterances_than_its_buffers_hold():
+    # 120 half-second bursts: given to PESQ at once they overwrite its memory and end the process.
+    code = (
+        "import numpy as np; from pi_finetune.metrics import pesq_wb\n"
+        "t = np.arange(60 * 16000); x = np.random.default_rng(0).standard_normal(t.size)\n"
+        "x = 0.1 * x * (t % 8000 < 4000)\n"
+        "print(pesq_wb(x, x))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(4.644, abs=1e-3)
+
+
+def test_unequal_lengths_are_an_error(speech):
+    for score in (metrics.pesq_wb, metrics.stoi, metrics.estoi, metrics.si_sdr):
+        with pytest.raises(ValueError, match="one length"):
+            score(speech, speech[:-1])
+        with pytest.raises(ValueError, match="one length"):
+            score(speech[None], speech[None])
+
+
+def test_workers_give_the_same_scores_in_order(speech):
+    references = [speech, speech[::-1].copy(), np.zeros(RATE)]
+    estimates = [noisy(speech, 0), noisy(references[1], 20), np.zeros(RATE)]
+    alone = metrics.score_batch(references, estimates)
+    assert alone[0]["pesq"] < alone[1]["pesq"] and alone[2]["pesq"] is None
+    assert metrics.score_batch(references, estimates, workers=2) == alone
+    json.dumps(alone, allow_nan=False)
+    with pytest.raises(ValueError, match="3 references but 1"):
+        metrics.score_batch(references, estimates[:1])
+
+
+def test_mean_score_counts_what_is_missing():
+    assert metrics.mean_score([1.0, None, 3.0]) == (2.0, 1)
+    assert metrics.mean_score([None]) == (None, 1)
+    assert metrics.mean_score([]) == (None, 0)
+
+
+def counts(record):
+    return tuple(record[k] for k in ("hits", "substitutions", "deletions", "insertions"))
+
+
+@pytest.mark.parametrize(
+    "reference, hypothesis, expected",
+    [
+        ("THE DOG SAW A FOX", "the dog saw a fox.", (5, 0, 0, 0)),
+        ("THE DOG SAW A FOX", "the hog saw fox", (3, 1, 1, 0)),
+        ("THE DOG", "the big dog", (2, 0, 0, 1)),
+        ("THE DOG SAW A FOX", "", (0, 0, 5, 0)),
+        ("THE DOG", " ... ", (0, 0, 2, 0)),
+        ("", "the dog", (0, 0, 0, 2)),
+        ("", "", (0, 0, 0, 0)),
+        ("[noise]", "uh", (0, 0, 0, 0)),
+        ("DON'T STOP", "do not stop", (3, 0, 0, 0)),
+        ("TWENTY FIVE BOOKS", "25 books", (2, 0, 0, 0)),
+        ("ÉCLAIR", "eclair", (1, 0, 0, 0)),
+    ],
+)
+def test_word_errors(reference, hypothesis, expected):
+    record = metrics.word_errors(reference, hypothesis)
+    assert counts(record) == expected
+    assert record["reference"] == reference and record["hypothesis"] == hypothesis
+
+
+def test_word_errors_wants_text():
+    with pytest.raises(TypeError, match="hypothesis must be a str, got NoneType"):
+        metrics.word_errors("A", None)
+
+
+def test_wer_pools_words_and_passes_over_what_has_no_transcript():
+    records = [metrics.word_errors("a b c d", "a b c"), metrics.word_errors("e", "x y"), None]
+    # 1 deletion, then 1 substitution and 1 insertion, over 5 words
+    assert metrics.wer(records) == pytest.approx(60.0)
+    assert metrics.wer([metrics.word_errors("a", "b c d")]) == pytest.approx(300.0)
+    assert metrics.wer([]) is None
+    assert metrics.wer([metrics.word_errors("", "a")]) is None
+
+
+WORDS = st.lists(
+    st.sampled_from(["dog", "twenty", "five", "o'clock", "the", "$", "3.5", "uh"]), max_size=8
+).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORDS, WORDS)
+def test_counts_add_up(reference, hypothesis):
+    record = metrics.word_errors(reference, hypothesis)
+    hits, substitutions, deletions, insertions = counts(record)
+    assert hits + substitutions + deletions == len(metrics.normalise_text(reference).split())
+    assert hits + substitutions + insertions == len(metrics.normalise_text(hypothesis).split())
