@@ -11,7 +11,7 @@ from hyperpyyaml.core import recursive_update
 
 from pi_finetune.errors import UserError
 
-#: Folder of the project: ``project_root: !ref <...>`` in YAML resolves shipped files against it.
+#: Folder of the project, against which shipped files are found.
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -105,3 +105,8 @@ def _dump(tree):
     stream = io.StringIO()
     ruamel.yaml.YAML().dump(tree, stream)
     return stream.getvalue()
+
+
+def asset_folder():
+    """The folder of the shipped corpus and models, as text, for use in YAML."""
+    return str(PROJECT_ROOT / "assets")

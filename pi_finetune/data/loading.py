@@ -4,6 +4,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
+from pi_finetune.data.corpora import prepare_noise, prepare_speech
+from pi_finetune.data.mixing import NoiseMixer
 from pi_finetune.errors import UserError
 from pi_finetune.seeding import utterance_rng
 
@@ -34,8 +36,6 @@ class SpeechPairs(Dataset):
     def __init__(self, manifest, mixer=None, seed=0, segment_seconds=None, each_snr=False):
         if not manifest:
             raise UserError("The manifest is empty: no utterance matches the chosen splits.")
-        if mixer is None and not all("noisy" in entry for entry in manifest.values()):
-            raise UserError("noise_folder: needed, since the corpus has no noisy files of its own.")
         self.manifest = manifest
         self.mixer = mixer
         self.seed = seed
@@ -154,3 +154,49 @@ def choose(manifest, count, max_seconds=None, seed=0):
     rounds = max(map(len, queues))
     turns = [keys[i] for i in range(rounds) for keys in queues if i < len(keys)]
     return {key: manifest[key] for key in sorted(turns[:count])}
+
+
+def load_pairs(
+    data_folder,
+    splits,
+    part,
+    noise_folder=None,
+    noise_classes=None,
+    snrs=(0, 5, 10),
+    seed=0,
+    segment_seconds=None,
+    count=None,
+    max_seconds=None,
+    each_snr=False,
+):
+    """Make the noisy/clean pairs of one part of an experiment, from folders.
+
+    Arguments
+    ---------
+    data_folder, splits
+        As for :func:`pi_finetune.data.corpora.prepare_speech`.
+    part : str
+        ``train``, ``dev`` or ``test``: which noise recordings may be heard.
+    noise_folder, noise_classes
+        As for :func:`pi_finetune.data.corpora.prepare_noise`; no folder is needed for a corpus
+        with noisy files of its own.
+    snrs : list of float
+        In dB.
+    seed, segment_seconds, each_snr
+        As for :class:`SpeechPairs`.
+    count, max_seconds
+        As for :func:`choose`.
+
+    Returns
+    -------
+    SpeechPairs
+    """
+    manifest = prepare_speech(data_folder, splits)
+    if count is not None or max_seconds is not None:
+        manifest = choose(manifest, count, max_seconds)
+    mixer = None
+    if not all("noisy" in entry for entry in manifest.values()):
+        if noise_folder is None:
+            raise UserError(f"noise_folder: needed, since {data_folder} has no noisy files.")
+        mixer = NoiseMixer(prepare_noise(noise_folder, part, noise_classes), snrs)
+    return SpeechPairs(manifest, mixer, seed, segment_seconds, each_snr)
