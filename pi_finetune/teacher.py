@@ -1,0 +1,464 @@
+"""Frozen, differentiable, padding-exact speech encoders.
+
+SpeechBrain's wrappers of the same models are not used: a frozen one runs under ``no_grad`` (no
+gradient for the enhancer), and all of them let padding into the representation of an utterance.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+from transformers.audio_utils import mel_filter_bank
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from pi_finetune.errors import UserError
+
+SAMPLE_RATE = 16000
+
+# Peaks below this (-100 dBFS, under the resolution of 16-bit audio) are digital silence.
+SILENCE = 1e-5
+
+CONV_FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec-audio")
+FAMILIES = (*CONV_FAMILIES, "whisper")
+
+
+class Teacher(nn.Module):
+    """A frozen self-supervised (or Whisper) encoder as a differentiable feature extractor.
+
+    Gradient flows to the waveforms and never to the weights. The encoder is always in eval mode
+    and is deliberately not a submodule: it is in neither ``parameters()`` nor ``state_dict()``,
+    so no optimiser updates it and no checkpoint carries it, while ``to(device)`` moves it.
+
+    What an item becomes does not depend on what it is batched with, nor on what lies beyond its
+    length: waveform statistics, group norms, attention, positional convolutions and Whisper's
+    dynamic-range clamp see the valid part of each item only.
+
+    Layer 0 is what enters the first transformer layer, layer k what leaves layer k. The last one
+    includes the final layer norm of those architectures that have one, i.e. it is
+    ``last_hidden_state``.
+
+    Silence: frames that see only samples below 1e-5 (-100 dBFS) pass no gradient. The layer norms
+    of the convolutional front end would multiply it by 316 each, which is 1e24 in the end.
+
+    Arguments
+    ---------
+    source : str
+        A folder holding ``config.json`` and weights as ``transformers`` saves them, or the name
+        of a model on the hub. Families: HuBERT, WavLM, wav2vec 2.0, data2vec-audio, Whisper (its
+        encoder). Weights are used in float32 whatever they are stored in.
+    layers : int or list of int
+        The layer to return, or layers to average; negative counts from the end. Default -1.
+    revision : str, optional
+        Branch, tag or commit, for a hub name.
+    cache_dir : str, optional
+        Where files from the hub are kept; default: that of ``huggingface_hub``.
+
+    Attributes
+    ----------
+    hop, receptive_field : int
+        Samples between frames, and samples seen by the convolutions for one frame.
+    num_layers, dim : int
+        Number of transformer layers and width of the representation.
+    family : str
+        ``model_type`` of the checkpoint.
+    max_length : int or None
+        Longest utterance in samples; None if unlimited (Whisper: 30 s).
+
+    Raises
+    ------
+    UserError
+        If ``source`` cannot be loaded or ``layers`` does not exist; in use, if an utterance is
+        shorter than the receptive field or longer than ``max_length``.
+
+    Notes
+    -----
+    Whether the waveform is normalised to zero mean and unit variance is read from the
+    checkpoint's ``preprocessor_config.json`` (``do_normalize``); where the file or the key is
+    absent it is, which is the default of ``transformers.Wav2Vec2FeatureExtractor``.
+
+    Whisper sees each utterance followed by silence, as in its training, but only the frames of
+    the utterance itself are encoded, not 30 s of them: frames of padding are not attended to.
+
+    Example
+    -------
+    >>> teacher = Teacher("facebook/hubert-base-ls960", layers=9)  # doctest: +SKIP
+    >>> reps, frame_lengths = teacher(wavs, lengths)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        source: str,
+        layers: int | Sequence[int] = -1,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+    ):
+        super().__init__()
+        self.source = str(source)
+        model, preprocessor = _load(self.source, revision, cache_dir)
+        config = model.config
+        self.family = config.model_type
+        rate = preprocessor.get("sampling_rate", SAMPLE_RATE)
+        if rate != SAMPLE_RATE:
+            raise UserError(
+                f"teacher '{self.source}' works at {rate} Hz; only {SAMPLE_RATE} Hz is supported"
+            )
+
+        if self.family == "whisper":
+            model = model.get_encoder()
+            self.num_layers, self.dim = config.encoder_layers, config.d_model
+            self._mel = _LogMel(config.num_mel_bins)
+            # Two convolutions of 3 mel frames around each output frame, whose stride is 2.
+            self.hop = 2 * self._mel.HOP
+            self.receptive_field = 4 * self._mel.HOP + self._mel.WINDOW
+            self.max_length = config.max_source_positions * self.hop
+        else:
+            self.num_layers, self.dim = config.num_hidden_layers, config.hidden_size
+            self.normalize = bool(preprocessor.get("do_normalize", True))
+            self.hop, self.receptive_field = 1, 1
+            for kernel, stride in zip(config.conv_kernel, config.conv_stride):
+                self.receptive_field += (kernel - 1) * self.hop
+                self.hop *= stride
+            self.max_length = None
+
+        model.requires_grad_(False).eval()
+        self._encoder = (model,)  # a tuple hides it from nn.Module
+        self.layers = [self._layer_index(k) for k in _as_list(layers)]
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The ``transformers`` model."""
+        return self._encoder[0]
+
+    def _apply(self, fn, recurse=True):
+        # to(), cuda(), double(): all of them arrive here.
+        self.encoder._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"source={self.source!r}, family={self.family!r}, layers={self.layers}"
+
+    def _layer_index(self, layer: int) -> int:
+        if not -self.num_layers - 1 <= layer <= self.num_layers:
+            raise UserError(
+                f"teacher '{self.source}' has {self.num_layers} layers, asked for layer {layer}: "
+                f"choose 0 (input of the first) to {self.num_layers}, or -1 to "
+                f"{-self.num_layers - 1} from the end"
+            )
+        return layer % (self.num_layers + 1)
+
+    def frames(self, lengths: Tensor) -> Tensor:
+        """Number of frames [B] (int64) of utterances of ``lengths`` [B] samples."""
+        lengths = torch.as_tensor(lengths, dtype=torch.int64)
+        if self.family == "whisper":
+            return lengths.div(self.hop, rounding_mode="floor")
+        frames = (lengths - self.receptive_field).div(self.hop, rounding_mode="floor") + 1
+        return frames.clamp(min=0)
+
+    def forward(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Representation of the chosen layer, or mean of the chosen layers.
+
+        Arguments
+        ---------
+        wavs : Tensor
+            [B, T], 16 kHz, in [-1, 1].
+        lengths : Tensor
+            [B], in samples.
+
+        Returns
+        -------
+        tuple of Tensor
+            Representations [B, F, D] in float32, zero beyond the frame lengths, and the frame
+            lengths [B]. F is the number of frames of the longest item.
+        """
+        states, frame_lengths = self._run(wavs, lengths, max(self.layers))
+        reps = states[self.layers[0]]
+        if len(self.layers) > 1:
+            reps = torch.stack([states[k] for k in self.layers]).mean(0)
+        return _zero_beyond(reps.float(), frame_lengths), frame_lengths
+
+    def hidden_states(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """All layers, [L+1, B, F, D], and the frame lengths [B]; arguments as of ``forward``."""
+        states, frame_lengths = self._run(wavs, lengths, self.num_layers)
+        states = [_zero_beyond(x.float(), frame_lengths) for x in states]
+        return torch.stack(states), frame_lengths
+
+    def _run(self, wavs: Tensor, lengths: Tensor, last: int) -> tuple[list[Tensor], Tensor]:
+        """Hidden states 0 to ``last``, and the frame lengths."""
+        lengths = self._checked(wavs, lengths)
+        wavs = _zero_beyond(wavs[:, : int(lengths.max())].float(), lengths)
+        frame_lengths = self.frames(lengths)
+        padded = bool((frame_lengths != frame_lengths.max()).any())
+        mask = _valid(frame_lengths, int(frame_lengths.max())) if padded else None
+        front_end = self._whisper_input if self.family == "whisper" else self._conv_input
+        states = [front_end(wavs, lengths, mask)]
+        states += self._transformer(states[0], mask, last)
+        return states, frame_lengths
+
+    def _checked(self, wavs: Tensor, lengths: Tensor) -> Tensor:
+        if wavs.dim() != 2 or not wavs.is_floating_point():
+            raise ValueError(f"wavs must be float [B, T], got {wavs.dtype} {list(wavs.shape)}")
+        lengths = torch.as_tensor(lengths)
+        if lengths.is_floating_point() or lengths.shape != wavs.shape[:1]:
+            raise ValueError(
+                f"lengths must be whole numbers of samples, one per item ([{len(wavs)}]); "
+                f"got {lengths.dtype} {list(lengths.shape)}"
+            )
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        if longest > wavs.shape[1]:
+            raise ValueError(f"a length of {longest} exceeds the {wavs.shape[1]} samples of wavs")
+        if shortest < self.receptive_field:
+            raise UserError(
+                f"an utterance of {shortest} samples is shorter than the receptive field of "
+                f"teacher '{self.source}', {self.receptive_field} samples: leave such files out"
+            )
+        if self.max_length is not None and longest > self.max_length:
+            raise UserError(
+                f"an utterance of {longest} samples ({longest / SAMPLE_RATE:.1f} s) is longer than "
+                f"teacher '{self.source}' can take, {self.max_length} samples "
+                f"({self.max_length / SAMPLE_RATE:g} s): crop it or choose another teacher"
+            )
+        return lengths.to(wavs.device)
+
+    # -- what enters the first transformer layer ---------------------------------------------
+
+    def _conv_input(self, wavs: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor:
+        """Waveform [B, T] to layer 0 [B, F, D] of HuBERT and its relatives."""
+        model = self.encoder
+        features = self._conv_features(wavs, lengths)
+        x = model.feature_projection(features)
+        x = x[0] if isinstance(x, tuple) else x
+        if mask is not None:
+            x = x * mask[..., None]
+        x = x + _positional_convolution(model.encoder.pos_conv_embed, x, mask)
+        return x if self._pre_norm else model.encoder.layer_norm(x)
+
+    def _conv_features(self, wavs: Tensor, lengths: Tensor) -> Tensor:
+        peaks = wavs.detach().abs()[:, None]
+        with torch.autocast(wavs.device.type, enabled=False):
+            # A silent item has no representation worth a gradient, and a huge one (see above).
+            silent = peaks.amax(dim=(1, 2)) < SILENCE
+            wavs = torch.where(silent[:, None], wavs.detach(), wavs)
+            x = (_standardised(wavs, lengths) if self.normalize else wavs)[:, None]
+        for layer in self.encoder.feature_extractor.conv_layers:
+            kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
+            x = layer.conv(x)
+            lengths = (lengths - kernel).div(stride, rounding_mode="floor") + 1
+            peaks = F.max_pool1d(peaks, kernel, stride)
+            norm = getattr(layer, "layer_norm", None)
+            if isinstance(norm, nn.GroupNorm):
+                x = _group_norm(norm, x, lengths)
+            elif norm is not None:
+                x = norm(x.transpose(1, 2)).transpose(1, 2)
+                if x.requires_grad:
+                    x.register_hook(
+                        lambda grad, silent=peaks < SILENCE: grad.masked_fill(silent, 0)
+                    )
+            x = layer.activation(x)
+        return x.transpose(1, 2)
+
+    def _whisper_input(self, wavs: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor:
+        """Waveform [B, T] to layer 0 [B, F, D] of Whisper's encoder."""
+        model = self.encoder
+        frames = wavs.shape[1] // self.hop
+        with torch.autocast(wavs.device.type, enabled=False):
+            mel = self._mel(wavs, lengths, self.max_length)
+        # Frame F - 1 sees mel frames up to 2 F; the convolutions' own padding comes after them.
+        x = F.gelu(model.conv1(mel))
+        x = F.gelu(model.conv2(x))[..., :frames].transpose(1, 2)
+        return x + model.embed_positions.weight[:frames]
+
+    # -- the transformer layers -----------------------------------------------------------------
+
+    @property
+    def _pre_norm(self) -> bool:
+        return self.family == "whisper" or getattr(self.encoder.config, "do_stable_layer_norm", 0)
+
+    def _transformer(self, x: Tensor, mask: Tensor | None, last: int) -> list[Tensor]:
+        """Outputs of layers 1 to ``last``; ``mask`` [B, F] is True at valid frames."""
+        body = self.encoder if self.family == "whisper" else self.encoder.encoder
+        options = {}
+        if self.family == "wavlm":  # masks keys itself, and its first layer makes the bias
+            options = {"position_bias": None}
+        elif mask is not None:
+            mask = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        outputs = []
+        for layer in body.layers[:last]:
+            x = layer(x, attention_mask=mask, **options)
+            if self.family == "wavlm":
+                x, options["position_bias"] = x
+            elif isinstance(x, tuple):
+                x = x[0]
+            outputs.append(x)
+        if self._pre_norm and last == self.num_layers:
+            outputs[-1] = body.layer_norm(outputs[-1])
+        return outputs
+
+
+class _LogMel(nn.Module):
+    """Whisper's log-mel spectrogram, differentiable, each item clamped by its own maximum.
+
+    The values are those of ``transformers.WhisperFeatureExtractor`` on the item padded with zeros
+    to 30 s: log10 of mel power, not below 8 under the maximum, then (x + 4) / 4.
+    """
+
+    HOP = 160
+    WINDOW = 400
+
+    def __init__(self, num_mel_bins: int):
+        super().__init__()
+        mel = mel_filter_bank(
+            num_frequency_bins=1 + self.WINDOW // 2,
+            num_mel_filters=num_mel_bins,
+            min_frequency=0.0,
+            max_frequency=8000.0,
+            sampling_rate=SAMPLE_RATE,
+            norm="slaney",
+            mel_scale="slaney",
+        )
+        mel = torch.from_numpy(mel.T.copy()).float()
+        self.register_buffer("mel", mel, persistent=False)
+        self.register_buffer("window", torch.hann_window(self.WINDOW), persistent=False)
+
+    def forward(self, wavs: Tensor, lengths: Tensor, max_length: int) -> Tensor:
+        """[B, T] to [B, mel, N]: N covers the waveform and at least one frame after it."""
+        # Zeros follow, as many as a window: torch.stft's reflection at the end mirrors them.
+        # At the full 30 s there is no room, and the extractor reflects speech as well.
+        wavs = F.pad(wavs, (0, min(self.WINDOW, max_length - wavs.shape[1])))
+        spectrum = torch.stft(wavs, self.WINDOW, self.HOP, window=self.window, return_complex=True)
+        spectrum = spectrum[..., : max_length // self.HOP]
+        power = spectrum.real.square() + spectrum.imag.square()
+        log = (self.mel @ power).clamp(min=1e-10).log10()
+        # Frames that reach into the item; those after it are silent and never the maximum.
+        reached = (lengths + self.WINDOW // 2 + self.HOP - 1).div(self.HOP, rounding_mode="floor")
+        outside = ~_valid(reached, log.shape[-1])[:, None]
+        peak = log.masked_fill(outside, -torch.inf).amax(dim=(1, 2), keepdim=True)
+        return (torch.maximum(log, peak - 8.0) + 4.0) / 4.0
+
+
+def _valid(lengths: Tensor, size: int) -> Tensor:
+    """Mask [B, size], True before ``lengths`` [B]."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def _zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
+    """``x`` [B, N, ...] with exact zeros beyond ``lengths`` [B], whatever was there."""
+    outside = ~_valid(lengths, x.shape[1])
+    return x.masked_fill(outside.reshape(*outside.shape, *[1] * (x.dim() - 2)), 0)
+
+
+def _standardised(wavs: Tensor, lengths: Tensor) -> Tensor:
+    """Zero mean and unit variance over the valid samples, as Wav2Vec2FeatureExtractor does it."""
+    n = lengths[:, None]
+    centred = _zero_beyond(wavs - wavs.sum(1, keepdim=True) / n, lengths)
+    variance = centred.square().sum(1, keepdim=True) / n
+    return centred * (variance + 1e-7).rsqrt()
+
+
+def _group_norm(norm: nn.GroupNorm, x: Tensor, lengths: Tensor) -> Tensor:
+    """A group norm over time [B, C, N] whose statistics see the valid frames of each item."""
+    if bool((lengths == x.shape[-1]).all()):
+        return norm(x)
+    items = zip(x.split(1), lengths.tolist())
+    return torch.cat([F.pad(norm(item[..., :n]), (0, x.shape[-1] - n)) for item, n in items])
+
+
+def _positional_convolution(block: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Positional embedding of ``x`` [B, F, D]; every convolution sees zeros beyond the item."""
+    x = x.transpose(1, 2)
+    keep = 1 if mask is None else mask[:, None]
+    if hasattr(block, "layers"):  # data2vec: a stack, with a layer norm after each
+        for layer in block.layers:
+            x = layer(x) * keep
+    else:
+        if getattr(block, "batch_norm", None) is not None:
+            x = block.batch_norm(x) * keep
+        x = block.activation(block.padding(block.conv(x)))
+    return x.transpose(1, 2)
+
+
+def _as_list(layers: int | Sequence[int]) -> list[int]:
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    if not chosen or any(isinstance(k, bool) or not isinstance(k, int) for k in chosen):
+        raise UserError(f"teacher layers must be an integer or a list of integers, got {layers!r}")
+    return chosen
+
+
+def _load(source: str, revision: str | None, cache_dir: str | None) -> tuple[nn.Module, dict]:
+    """The model in float32 and the contents of its preprocessor_config.json ({} if absent)."""
+    folder = Path(source).expanduser()
+    local = folder.is_dir()
+    if local:
+        _check_folder(folder)
+        source = str(folder)
+    elif source.startswith((".", "~", os.sep)) or source.count("/") > 1 or folder.exists():
+        raise UserError(f"teacher folder '{source}' does not exist (or is not a folder)")
+
+    hub = {"revision": revision, "cache_dir": cache_dir}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what matters is checked below
+    try:
+        config = AutoConfig.from_pretrained(source, **hub)
+        family = config.model_type
+        if family not in FAMILIES:
+            raise UserError(
+                f"teacher '{source}' is a '{family}' model; supported: {', '.join(FAMILIES)}"
+            )
+        model, report = AutoModel.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager" if family == "wavlm" else "sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
+            **hub,
+        )
+        found = cached_file(
+            source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **hub
+        )
+        preprocessor = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ...
+        hint = (
+            "is it damaged?"
+            if local
+            else (
+                "it is neither a folder here nor a model that can be had from the hub. Check the "
+                "name; without a network, name a local folder or a model already in the cache"
+            )
+        )
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"teacher '{source}' cannot be loaded: {hint} ({reason})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+    # masked_spec_embed belongs to pre-training alone and is often left out.
+    missing = [k for k in report["missing_keys"] if not k.endswith("masked_spec_embed")]
+    unfit = sorted({*missing, *(entry[0] for entry in report["mismatched_keys"])})
+    if unfit:
+        raise UserError(
+            f"the weights of teacher '{source}' do not fit its config.json: {len(unfit)} tensors "
+            f"are missing or of another shape, first '{unfit[0]}'"
+        )
+    return model, preprocessor
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"teacher folder '{folder}' has no config.json: save the model with save_pretrained"
+        )
+    weights = ("model.safetensors", "pytorch_model.bin")
+    if not any(
+        (folder / f"{name}{tail}").is_file() for name in weights for tail in ("", ".index.json")
+    ):
+        raise UserError(
+            f"teacher folder '{folder}' has no weights (model.safetensors or pytorch_model.bin): "
+            "save the model with save_pretrained"
+        )
