@@ -1,5 +1,9 @@
 """Datasets of noisy/clean pairs, and the sampler that counts in updates."""
 
+import hashlib
+import json
+from pathlib import Path
+
 import torch
 from torch.utils.data import Dataset, Sampler
 
@@ -50,6 +54,20 @@ class SpeechPairs(Dataset):
         """The id of the pair at ``index``, without reading audio."""
         key, snr = self.items[index]
         return key if snr is None else f"{key}@{snr:g}dB"
+
+    def fingerprint(self):
+        """A short digest of everything that determines the pairs, file contents aside."""
+        noises = None
+        if self.mixer is not None:
+            recordings = [
+                (name, Path(entry["wav"]).name, entry["start"], entry["frames"])
+                for name, entries in self.mixer.by_class.items()
+                for entry in entries
+            ]
+            noises = (self.mixer.snrs, recordings)
+        entries = [(key, self.manifest[key]["duration"], snr) for key, snr in self.items]
+        described = json.dumps([entries, noises, self.seed, self.segment])
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
 
     def __getitem__(self, address):
         index, data_pass = address if isinstance(address, tuple) else (address, 0)
@@ -167,6 +185,7 @@ def load_pairs(
     segment_seconds=None,
     count=None,
     max_seconds=None,
+    too_long="drop",
     each_snr=False,
 ):
     """Make the noisy/clean pairs of one part of an experiment, from folders.
@@ -186,12 +205,21 @@ def load_pairs(
         As for :class:`SpeechPairs`.
     count, max_seconds
         As for :func:`choose`.
+    too_long : str
+        ``drop`` (default) leaves utterances above ``max_seconds`` out, ``error`` raises.
 
     Returns
     -------
     SpeechPairs
     """
     manifest = prepare_speech(data_folder, splits)
+    if too_long == "error" and max_seconds is not None:
+        longest = max(manifest.values(), key=lambda entry: entry["duration"])
+        if longest["duration"] > max_seconds:
+            raise UserError(
+                f"{longest['wav']}: {longest['duration']:.1f} s is longer than max_seconds "
+                f"({max_seconds}). Raise max_seconds if memory allows, or cut the file."
+            )
     if count is not None or max_seconds is not None:
         manifest = choose(manifest, count, max_seconds)
     mixer = None
