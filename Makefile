@@ -1,0 +1,38 @@
+# make demo: from a fresh clone to a result.    make test: the test suite.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Enough for anything here; PyTorch's own default takes every core of a shared machine.
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.complete
+
+$(VENV)/.complete: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	  sys.exit(0 if (3, 10) <= v <= (3, 13) else f"error: Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}; set PYTHON=python3.11")'
+	@command -v cc >/dev/null || command -v gcc >/dev/null || { echo \
+	  "error: the pesq package is built from source and needs a C compiler; on Debian: apt-get install gcc python3-dev" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; \
+	  sys.exit(0 if os.path.exists(s.get_path("include") + "/Python.h") else "error: the pesq package needs the Python headers; on Debian: apt-get install python3-dev")'
+	@echo "== setting up $(VENV) (about 5 GB, some minutes)"
+	$(PYTHON) -m venv "$(VENV)"
+	# pesq's setup needs NumPy and a setuptools it can import.
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "numpy<2.4" setuptools wheel
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch "$@"
+
+demo: setup
+	@"$(BIN)/python" recipes/demo.py
+
+test: setup
+	"$(BIN)/python" -m pytest
+
+lint: setup
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/ruff" check .
+
+clean:
+	rm -rf "$(VENV)" results

@@ -1,0 +1,100 @@
+"""Fixtures that stand in for a corpus and models: generated, tiny, of the real format."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from speechbrain.dataio import audio_io
+from speechbrain.utils.importutils import LazyModule
+
+# SpeechBrain registers lazy modules that fail on any attribute access when an optional package is
+# missing; hypothesis asks every module for its __file__.
+for module in list(sys.modules.values()):
+    if isinstance(module, LazyModule):
+        module.__dict__.setdefault("__file__", None)
+
+# Nothing in the tests may look for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def voice(seconds, pitch, rng):
+    """A buzz with syllables and formants: enough speech for PESQ, STOI and a teacher to accept."""
+    time = np.arange(int(seconds * 16000)) / 16000
+    wav = sum(
+        np.sin(2 * np.pi * pitch * k * time) * np.exp(-(((pitch * k - f) / 300) ** 2))
+        for k in range(1, 25)
+        for f in rng.uniform(300, 3000, size=3)
+    )
+    wav = wav * (0.55 + 0.45 * np.sin(2 * np.pi * 4 * time + rng.uniform(0, 6)))
+    wav = wav + 0.01 * rng.standard_normal(len(time))
+    return (0.3 * wav / np.abs(wav).max()).astype(np.float32)
+
+
+def write_audio(path, wav, rate=16000):
+    """Write [T] or [C, T] as the suffix of ``path`` says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    audio_io.save(str(path), torch.as_tensor(np.atleast_2d(wav)), rate)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """LibriSpeech layout: 3 splits, 2 speakers each; dev and test have transcripts."""
+    folder = tmp_path_factory.mktemp("a corpus") / "speech"  # a path with a space, as users have
+    rng = np.random.default_rng(0)
+    words = "one two three four five six seven".split()
+    for split, speakers, count in (
+        ("train", ("10", "11"), 6),
+        ("dev", ("20", "21"), 2),
+        ("test", ("30", "31"), 3),
+    ):
+        for speaker in speakers:
+            lines = []
+            for i in range(count):
+                name = f"{speaker}-1-{i:04d}"
+                wav = voice(rng.uniform(1.2, 2.4), 80 + 5 * int(speaker), rng)
+                write_audio(folder / split / speaker / "1" / f"{name}.flac", wav)
+                lines.append(f"{name} {' '.join(rng.choice(words, 3)).upper()}")
+            transcript = folder / split / speaker / "1" / f"{speaker}-1.trans.txt"
+            transcript.write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def noises(tmp_path_factory):
+    """Three classes: many short recordings, one long one, and one with silence inside."""
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(1)
+    for i in range(8):
+        write_audio(folder / f"hiss-{i}.wav", 0.1 * rng.standard_normal(8000).astype(np.float32))
+    write_audio(folder / "rumble.flac", 0.1 * rng.standard_normal(80000).astype(np.float32))
+    for i in range(5):
+        bark = 0.1 * rng.standard_normal(48000).astype(np.float32)
+        bark[8000:40000] = 0
+        write_audio(folder / "dog" / f"bark-{i}.wav", bark)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+    """A randomly initialised HuBERT of the layer-norm type, saved as ``transformers`` does."""
+    from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    config = HubertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+    )
+    HubertModel(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+    return folder

@@ -1,0 +1,241 @@
+"""Manifests, mixing and sampling: exact, reproducible, clear about bad folders."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import voice, write_audio
+from speechbrain.dataio.batch import PaddedBatch
+
+from pi_finetune.data.corpora import prepare_noise, prepare_speech, write_manifest
+from pi_finetune.data.loading import (
+    UpdateSampler,
+    choose,
+    load_pairs,
+    sample_lengths,
+)
+from pi_finetune.data.mixing import NoiseMixer, mix_at_snr
+from pi_finetune.errors import UserError
+
+
+def test_librispeech_manifest(corpus):
+    manifest = prepare_speech(corpus, ["tr*"])
+    assert len(manifest) == 12
+    entry = manifest["10-1-0000"]
+    assert entry["speaker"] == "10" and len(entry["text"].split()) == 3
+    assert 1.2 <= entry["duration"] <= 2.4
+
+
+def test_no_transcript_is_none(tmp_path):
+    write_audio(tmp_path / "train" / "1" / "1" / "1-1-0000.flac", voice(1, 100, _rng()))
+    assert prepare_speech(tmp_path, ["train"])["1-1-0000"]["text"] is None
+
+
+def test_manifest_is_speechbrain_json(corpus, tmp_path):
+    from speechbrain.dataio.dataset import DynamicItemDataset
+
+    manifest = prepare_speech(corpus, ["dev"])
+    write_manifest(manifest, tmp_path / "dev.json")
+    assert len(DynamicItemDataset.from_json(tmp_path / "dev.json")) == len(manifest)
+    assert json.loads((tmp_path / "dev.json").read_text()) == manifest
+    assert [p.name for p in tmp_path.iterdir()] == ["dev.json"]
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        ("missing", r"nowhere is no folder"),
+        ("split", r"no split 'tset'.*it has: dev, test, train.*--test_splits"),
+        ("garbage", r"0009\.flac: cannot be read as audio"),
+        ("rate", r"0009\.flac: sampled at 8000 Hz"),
+        ("stereo", r"0009\.flac: has 2 channels"),
+        ("empty", r"0009\.flac: (holds no samples|cannot be read)"),
+        ("short", r"0009\.flac: 0\.050 s is too short"),
+    ],
+)
+def test_bad_speech_names_the_file(corpus, tmp_path, breakage, message):
+    folder, splits = tmp_path / "copy", ["train"]
+    bad = folder / "train" / "9" / "1" / "9-1-0009.flac"
+    bad.parent.mkdir(parents=True)
+    wav = voice(1, 100, _rng())
+    if breakage == "missing":
+        folder = tmp_path / "nowhere"
+    elif breakage == "split":
+        folder, splits = corpus, ["tset"]
+    elif breakage == "garbage":
+        bad.write_bytes(b"no audio at all")
+    elif breakage == "rate":
+        write_audio(bad, wav, rate=8000)
+    elif breakage == "stereo":
+        write_audio(bad, np.stack([wav, wav]))
+    elif breakage == "empty":
+        bad.write_bytes(b"")
+    elif breakage == "short":
+        write_audio(bad, wav[:800])
+    with pytest.raises(UserError, match=message):
+        prepare_speech(folder, splits)
+
+
+def test_silent_file_is_named(tmp_path, noises):
+    write_audio(tmp_path / "train" / "1" / "1" / "1-1-0000.flac", np.zeros(16000, np.float32))
+    pairs = load_pairs(tmp_path, ["train"], "train", noises)
+    with pytest.raises(UserError, match=r"1-1-0000\.flac: silent"):
+        pairs[0]
+
+
+def test_voicebank_layout(tmp_path):
+    rng = _rng()
+    for kind, speakers in (("trainset_28spk", ("p226", "p230")), ("testset", ("p232",))):
+        for speaker in speakers:
+            clean = voice(1, 120, rng)
+            write_audio(tmp_path / f"clean_{kind}_wav" / f"{speaker}_001.wav", clean)
+            noisy = clean + 0.01 * rng.standard_normal(len(clean)).astype(np.float32)
+            write_audio(tmp_path / f"noisy_{kind}_wav" / f"{speaker}_001.wav", noisy)
+    (tmp_path / "log_testset.txt").write_text("p232_001 bus 12.5\n")
+    (tmp_path / "testset_txt").mkdir()
+    (tmp_path / "testset_txt" / "p232_001.txt").write_text("Please call Stella.\n")
+    assert list(prepare_speech(tmp_path, ["train*"])) == ["p230_001"]
+    assert list(prepare_speech(tmp_path, ["dev*"])) == ["p226_001"]
+    pair = load_pairs(tmp_path, ["test*"], "test")[0]
+    assert (pair["snr"], pair["noise_class"], pair["text"]) == (12.5, "bus", "Please call Stella.")
+    assert 0 < (pair["noisy"] - pair["clean"]).abs().max() < 0.1
+    (tmp_path / "noisy_testset_wav" / "p232_001.wav").unlink()
+    with pytest.raises(UserError, match=r"noisy_testset_wav/p232_001\.wav: missing"):
+        prepare_speech(tmp_path, ["test"])
+
+
+def test_noise_splits_share_no_second(noises):
+    heard = {}
+    for split in ("train", "dev", "test"):
+        manifest = prepare_noise(noises, split)
+        assert {entry["class"] for entry in manifest.values()} == {"hiss", "rumble", "bark"}
+        for name, entry in manifest.items():
+            for start, frames in heard.get(name, []):
+                assert entry["start"] >= start + frames or start >= entry["start"] + entry["frames"]
+            heard.setdefault(name, []).append((entry["start"], entry["frames"]))
+    assert len(heard) == 8 + 1 + 5
+
+
+def test_noise_classes(noises, tmp_path):
+    manifest = prepare_noise(noises, "train", ["hiss"])
+    assert {entry["class"] for entry in manifest.values()} == {"hiss"}
+    with pytest.raises(UserError, match="has no hum; it has: bark, hiss, rumble"):
+        prepare_noise(noises, "train", ["hum"])
+    with pytest.raises(UserError, match="no audio file"):
+        prepare_noise(tmp_path, "train")
+
+
+def test_demand_is_divided_in_time_and_by_first_channel(tmp_path):
+    for channel in (1, 2):
+        wav = 0.1 * _rng().standard_normal(10000).astype(np.float32)
+        write_audio(tmp_path / "TBUS" / f"ch{channel:02d}.wav", wav)
+    train, test = prepare_noise(tmp_path, "train"), prepare_noise(tmp_path, "test")
+    assert list(train) == list(test) == ["TBUS/ch01.wav"]
+    assert train["TBUS/ch01.wav"] == {**train["TBUS/ch01.wav"], "class": "TBUS", "start": 3500}
+    assert test["TBUS/ch01.wav"]["frames"] == 2000
+
+
+@pytest.mark.parametrize("snr", [-10, 0, 20])
+@pytest.mark.parametrize("level", [1e-3, 0.9])
+def test_snr_and_target_are_exact(snr, level):
+    rng = _rng()
+    clean = level * torch.tensor(voice(1, 100, rng)) / 0.3
+    noise = torch.tensor(rng.standard_normal(16000), dtype=torch.float32)
+    noisy, target = mix_at_snr(clean, noise, snr)
+    added = (noisy - target).double()
+    measured = 10 * torch.log10(target.double().square().mean() / added.square().mean())
+    assert measured == pytest.approx(snr, abs=1e-3)
+    assert noisy.abs().max() <= 0.9901
+    scale = target.norm() / clean.norm()
+    torch.testing.assert_close(target, clean * scale)
+
+
+def test_silent_stretches_of_noise_are_not_used(corpus, noises):
+    mixer = NoiseMixer(prepare_noise(noises, "train", ["bark"]), [0])
+    clean = torch.tensor(voice(0.1, 100, _rng()))
+    for seed in range(20):
+        noisy, target, info = mixer(clean, np.random.default_rng(seed))
+        assert torch.isfinite(noisy).all() and (noisy - target).abs().max() > 0
+        assert info == {"snr": 0.0, "noise_class": "bark"}
+
+
+def test_all_silent_noise_is_named(tmp_path):
+    write_audio(tmp_path / "quiet-1.wav", np.zeros(16000, np.float32))
+    mixer = NoiseMixer(prepare_noise(tmp_path, "train"), [0])
+    with pytest.raises(UserError, match=r"quiet-1\.wav: silent"):
+        mixer(torch.ones(1000), _rng())
+
+
+def test_pairs_depend_on_seed_pass_and_id_only(corpus, noises):
+    def item(seed=0, address=(3, 1)):
+        return load_pairs(corpus, ["train"], "train", noises, seed=seed, segment_seconds=1)[address]
+
+    again, same = item(), item()
+    torch.testing.assert_close(again["noisy"], same["noisy"], rtol=0, atol=0)
+    assert not torch.equal(again["noisy"], item(seed=1)["noisy"])
+    assert not torch.equal(again["noisy"], item(address=(3, 2))["noisy"])
+    assert again["noisy"].shape == (16000,)
+
+
+def test_each_snr_uses_one_noise_for_an_utterance(corpus, noises):
+    pairs = load_pairs(corpus, ["test"], "test", noises, snrs=[0, 10], each_snr=True)
+    assert len(pairs) == 12
+    assert (pairs.item_id(0), pairs.item_id(1)) == ("30-1-0000@0dB", "30-1-0000@10dB")
+    low, high = pairs[0], pairs[1]
+    noise = [(p["noisy"] - p["clean"]) / p["clean"].norm() for p in (low, high)]
+    torch.testing.assert_close(noise[0], noise[1] * 10**0.5, rtol=1e-2, atol=1e-4)
+
+
+def test_fingerprint_follows_what_determines_the_pairs(corpus, noises):
+    def fingerprint(**options):
+        return load_pairs(corpus, ["test"], "test", noises, **options).fingerprint()
+
+    assert fingerprint() == fingerprint()
+    changed = [fingerprint(seed=1), fingerprint(snrs=[0]), fingerprint(count=2)]
+    assert len({fingerprint(), *changed}) == 4
+
+
+def test_choose_spreads_over_speakers_and_nests(corpus):
+    manifest = prepare_speech(corpus, ["train"])
+    four, six = choose(manifest, 4), choose(manifest, 6)
+    assert set(four) < set(six)
+    assert sorted(entry["speaker"] for entry in four.values()) == ["10", "10", "11", "11"]
+    with pytest.raises(UserError, match=r"at most 0\.1 s"):
+        choose(manifest, 4, max_seconds=0.1)
+
+
+def test_too_long_for_a_test_set_is_named(corpus, noises):
+    with pytest.raises(UserError, match=r"flac: \d\.\d s is longer than max_seconds \(1\)"):
+        load_pairs(corpus, ["test"], "test", noises, max_seconds=1, too_long="error")
+
+
+def test_no_noise_folder_is_an_error(corpus):
+    with pytest.raises(UserError, match="noise_folder: needed"):
+        load_pairs(corpus, ["test"], "test")
+
+
+@pytest.mark.parametrize(("size", "items"), [(10, 4), (3, 8), (5, 5)])
+def test_update_sampler_passes(size, items):
+    sampler = UpdateSampler(size, items, seed=1)
+    stream = []
+    for epoch in (1, 2, 3):
+        sampler.set_epoch(epoch)
+        stream += list(sampler)
+        assert len(sampler) == items
+    for start in range(0, len(stream) - size + 1, size):
+        block = stream[start : start + size]
+        assert sorted(index for index, _ in block) == list(range(size))
+        assert {data_pass for _, data_pass in block} == {start // size}
+    sampler.set_epoch(2)
+    assert list(sampler) == stream[items : 2 * items]
+
+
+def test_sample_lengths_are_exact():
+    sizes = [1, 333, 559_999, 560_000]
+    batch = PaddedBatch([{"wav": torch.ones(size)} for size in sizes])
+    assert sample_lengths(batch.wav).tolist() == sizes
+
+
+def _rng():
+    return np.random.default_rng(5)
