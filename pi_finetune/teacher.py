@@ -244,7 +244,7 @@ class Teacher(nn.Module):
             # A silent item has no representation worth a gradient, and a huge one (see above).
             silent = peaks.amax(dim=(1, 2)) < SILENCE
             wavs = torch.where(silent[:, None], wavs.detach(), wavs)
-            x = (_standardised(wavs, lengths) if self.normalize else wavs)[:, None]
+            x = (standardised(wavs, lengths) if self.normalize else wavs)[:, None]
         for layer in self.encoder.feature_extractor.conv_layers:
             kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
             x = layer.conv(x)
@@ -352,8 +352,11 @@ def _zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
     return x.masked_fill(outside.reshape(*outside.shape, *[1] * (x.dim() - 2)), 0)
 
 
-def _standardised(wavs: Tensor, lengths: Tensor) -> Tensor:
-    """Zero mean and unit variance over the valid samples, as Wav2Vec2FeatureExtractor does it."""
+def standardised(wavs: Tensor, lengths: Tensor) -> Tensor:
+    """``wavs`` [B, T] at zero mean and unit variance over each item's samples, zero beyond.
+
+    The values are those of ``transformers.Wav2Vec2FeatureExtractor`` with ``do_normalize``.
+    """
     n = lengths[:, None]
     centred = _zero_beyond(wavs - wavs.sum(1, keepdim=True) / n, lengths)
     variance = centred.square().sum(1, keepdim=True) / n
