@@ -1,0 +1,208 @@
+"""Statistics against hand-computed values, SciPy, and simulated data of known truth."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pi_finetune.report.statistics import (
+    Bootstrap,
+    area_under_curve,
+    holm,
+    seed_interval,
+    updates_to_reach,
+)
+
+FEW = Bootstrap(replicates=999)
+
+
+def test_level_is_the_corpus_ratio_and_not_the_mean_of_ratios():
+    errors = np.array([[100.0, 0.0, 300.0], [0.0, 0.0, 300.0]])
+    words = np.array([1.0, 9.0, 10.0])
+    level = FEW.level(errors, words)
+    assert level.estimate == pytest.approx((400 / 20 + 300 / 20) / 2)
+    assert level.low <= level.estimate <= level.high
+
+
+def test_one_seed_interval_matches_scipys_own_bootstrap():
+    scores = np.random.default_rng(0).normal(3, 1, 60)
+    ours = Bootstrap(replicates=4000).level(scores[None], np.ones(60))
+    theirs = stats.bootstrap(
+        (scores,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert ours.low == pytest.approx(theirs.low, abs=0.03)
+    assert ours.high == pytest.approx(theirs.high, abs=0.03)
+
+
+def test_pairing_by_utterance_removes_what_utterances_share():
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(0, 10, 80)
+    a, b = difficulty + rng.normal(-1, 0.5, (1, 80)), difficulty + rng.normal(0, 0.5, (1, 80))
+    difference = FEW.difference(a, b, np.ones(80), higher_is_better=False)
+    assert difference.estimate == pytest.approx(a.mean() - b.mean())
+    assert difference.high - difference.low < 0.5 < FEW.level(a, np.ones(80)).high
+    assert difference.high < 0 and difference.p_improvement == 1
+    assert difference.p_value == pytest.approx(2 / 1000)
+    assert FEW.difference(a, b, np.ones(80), higher_is_better=True).p_improvement == 0
+
+
+def test_identical_systems_are_undecided():
+    scores = np.random.default_rng(0).normal(size=(3, 20))
+    for seeds in ("student", "resample"):
+        d = Bootstrap(999, seeds=seeds).difference(scores, scores, np.ones(20), True)
+        assert (d.estimate, d.low, d.high) == (0, 0, 0)
+        assert d.p_improvement == 0.5 and d.p_value == 1
+
+
+def test_equal_seeds_give_equal_results_and_others_differ():
+    scores = np.random.default_rng(0).normal(size=(3, 20))
+    assert FEW.level(scores, np.ones(20)) == FEW.level(scores, np.ones(20))
+    other = Bootstrap(replicates=999, random_seed=1)
+    assert other.level(scores, np.ones(20)) != FEW.level(scores, np.ones(20))
+
+
+def test_seeds_are_paired_where_they_correspond():
+    rng = np.random.default_rng(0)
+    by_seed = rng.normal(0, 5, (4, 1))  # what a seed does to every strategy alike
+    a = by_seed + rng.normal(1, 0.1, (4, 50))
+    b = by_seed + rng.normal(0, 0.1, (4, 50))
+    paired = FEW.difference(a, b, np.ones(50), True)
+    unpaired = FEW.difference(a, b, np.ones(50), True, paired_seeds=False)
+    assert paired.paired_seeds and not unpaired.paired_seeds
+    assert paired.estimate == pytest.approx(unpaired.estimate)
+    assert paired.high - paired.low < 0.5 < 5 < unpaired.high - unpaired.low
+    one = FEW.difference(a, b[:1], np.ones(50), True)
+    assert not one.paired_seeds and one.estimate == pytest.approx(a.mean() - b[0].mean())
+
+
+def test_resampled_seeds_are_drawn_with_replacement_and_jointly_with_no_utterance_noise():
+    # Two seeds that score 0 and 1 on every utterance: replicates can only be 0, 1/2 or 1.
+    scores = np.repeat([[0.0], [1.0]], 10, axis=1)
+    draw = Bootstrap(4000, seeds="resample")._draw([(1, scores)], np.ones(10))
+    values, counts = np.unique(np.round(draw, 9), return_counts=True)
+    assert values.tolist() == [0, 0.5, 1]
+    assert counts / 4000 == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+
+
+def test_student_seed_effect_is_the_t_interval_where_utterances_do_not_vary():
+    scores = np.repeat([[1.0], [2.0], [4.0]], 10, axis=1)
+    ours = Bootstrap(replicates=60_000).level(scores, np.ones(10))
+    exact = seed_interval([1, 2, 4])
+    assert ours.low == pytest.approx(exact.low, rel=0.06)
+    assert ours.high == pytest.approx(exact.high, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    "seeds_sd, utterance_sd, lowest, highest",
+    [(0.0, 1.0, 0.90, 1.0), (0.3, 1.0, 0.90, 1.0), (1.0, 0.3, 0.90, 0.99)],
+)
+def test_interval_covers_the_truth_as_often_as_it_says(seeds_sd, utterance_sd, lowest, highest):
+    rng = np.random.default_rng(7)
+    bootstrap, trials, covered = Bootstrap(replicates=399), 300, 0
+    for _ in range(trials):
+        d = (
+            2.0
+            + seeds_sd * rng.normal(size=(3, 1))
+            + utterance_sd * rng.normal(size=(1, 60))
+            + rng.normal(size=(3, 60))
+        )
+        found = bootstrap.difference(d, np.zeros_like(d), np.ones(60), True)
+        covered += found.low <= 2.0 <= found.high
+    assert lowest <= covered / trials <= highest
+
+
+def test_resampling_three_seeds_covers_too_little_which_is_why_it_is_not_the_default():
+    rng = np.random.default_rng(7)
+    bootstrap, covered = Bootstrap(replicates=399, seeds="resample"), 0
+    for _ in range(200):
+        d = rng.normal(size=(3, 1)) + 0.3 * rng.normal(size=(1, 60)) + rng.normal(size=(3, 60))
+        level = bootstrap.level(d, np.ones(60))
+        covered += level.low <= 0 <= level.high
+    assert 0.6 < covered / 200 < 0.88
+
+
+def test_wer_interval_covers_the_corpus_wer_of_unequal_utterances():
+    rng = np.random.default_rng(3)
+    bootstrap, covered = Bootstrap(replicates=399), 0
+    for _ in range(300):
+        words = rng.integers(3, 30, 60)
+        rate = rng.beta(2, 8, 60)  # WER of 20 % on average, independent of length
+        errors = 100.0 * rng.binomial(words, rate)[None]
+        level = bootstrap.level(errors, words)
+        covered += level.low <= 20 <= level.high
+    assert 0.90 <= covered / 300 <= 0.98
+
+
+def test_p_value_rejects_a_true_null_at_its_rate():
+    rng = np.random.default_rng(5)
+    bootstrap, rejected = Bootstrap(replicates=399), 0
+    for _ in range(300):
+        d = 0.3 * rng.normal(size=(3, 1)) + rng.normal(size=(3, 60))
+        rejected += bootstrap.difference(d, 0 * d, np.ones(60), True).p_value < 0.05
+    assert rejected / 300 < 0.08
+
+
+def test_a_single_utterance_has_no_interval():
+    level = FEW.level([[50.0]], [10.0])
+    assert level.estimate == 5 and math.isnan(level.low) and math.isnan(level.high)
+    d = FEW.difference([[50.0]], [[40.0]], [10.0], False)
+    assert d.estimate == 1 and math.isnan(d.p_value) and math.isnan(d.p_improvement)
+
+
+@pytest.mark.parametrize(
+    "values, weights, message",
+    [
+        ([1.0, 2.0], [1.0, 1.0], "values must be"),
+        ([[1.0, 2.0]], [1.0], "values must be"),
+        ([[1.0, math.nan]], [1.0, 1.0], "finite"),
+        ([[1.0, 2.0]], [0.0, 0.0], "weights"),
+        (np.zeros((0, 2)), [1.0, 1.0], "empty"),
+    ],
+)
+def test_bad_input_names_the_argument(values, weights, message):
+    with pytest.raises(ValueError, match=message):
+        FEW.level(values, weights)
+
+
+def test_bad_options_name_the_argument():
+    for options in ({"replicates": 0}, {"confidence": 95}, {"seeds": "nested"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            Bootstrap(**options)
+    with pytest.raises(ValueError, match="paired seeds"):
+        FEW.difference(np.ones((2, 3)), np.ones((1, 3)), np.ones(3), True, paired_seeds=True)
+
+
+def test_holm_against_values_computed_by_hand():
+    # Sorted .01 .02 .03 .04: times 4, 3, 2, 1 = .04 .06 .06 .04, and never falling.
+    assert holm([0.01, 0.04, 0.03, 0.02]).tolist() == pytest.approx([0.04, 0.06, 0.06, 0.06])
+    assert holm([0.5, 0.9]).tolist() == [1.0, 1.0]
+    assert holm([0.02]).tolist() == [0.02]
+    assert holm([]).tolist() == []
+    with_gap = holm([0.01, math.nan, 0.02])
+    assert with_gap[[0, 2]].tolist() == pytest.approx([0.02, 0.02]) and math.isnan(with_gap[1])
+    with pytest.raises(ValueError, match="p_values"):
+        holm([1.5])
+
+
+def test_seed_interval_against_scipys_t_interval():
+    values = [10.0, 12.0, 11.0, 15.0]
+    ours = seed_interval(values, 0.9)
+    theirs = stats.t.interval(0.9, 3, np.mean(values), stats.sem(values))
+    assert (ours.low, ours.high) == pytest.approx(theirs) and ours.estimate == 12
+    assert math.isnan(seed_interval([3.0]).low)
+
+
+def test_updates_to_reach_in_both_directions():
+    updates, wer = [100, 200, 300], [20.0, 15.0, 16.0]
+    assert updates_to_reach(updates, wer, 15.0, higher_is_better=False) == 200
+    assert updates_to_reach(updates, wer, 14.9, higher_is_better=False) == math.inf
+    assert updates_to_reach(updates, wer, 16.0, higher_is_better=True) == 100
+
+
+def test_area_is_the_mean_height_over_the_span():
+    assert area_under_curve([0, 100], [0, 10], 0, 100) == pytest.approx(5)
+    assert area_under_curve([0, 100], [0, 10], 50, 100) == pytest.approx(7.5)
+    assert area_under_curve([0, 50, 100], [4, 0, 4], 25, 75) == pytest.approx(1)
+    with pytest.raises(ValueError, match="span"):
+        area_under_curve([0, 100], [0, 10], 0, 200)
