@@ -107,6 +107,36 @@ def _dump(tree):
     return stream.getvalue()
 
 
+def refuse_other_settings(folder, resolved):
+    """Raise a UserError if ``folder`` holds a run that was started with other settings.
+
+    Otherwise such a run would be resumed, and its results would be of neither.
+
+    Arguments
+    ---------
+    folder : Path
+        A run folder; ``hyperparams.yaml`` in it is what it was started with.
+    resolved : str
+        The text :func:`load_hparams` returned.
+    """
+    path = folder / "hyperparams.yaml"
+    if not path.exists():
+        return
+    old, new = (ruamel.yaml.YAML().load(text) for text in (path.read_text(), resolved))
+    for harmless in ("num_workers", "ckpt_interval_minutes"):
+        old.pop(harmless, None), new.pop(harmless, None)
+    changed = [key for key in {**old, **new} if _text(old.get(key)) != _text(new.get(key))]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other settings: {', '.join(changed)}. Remove it, or give "
+            "this run another place with --results_folder, --strategy or --seed."
+        )
+
+
+def _text(node):
+    return _dump({"value": node})
+
+
 def asset_folder():
     """The folder of the shipped corpus and models, as text, for use in YAML."""
     return str(PROJECT_ROOT / "assets")

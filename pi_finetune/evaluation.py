@@ -15,6 +15,24 @@ from pi_finetune.data.audio import SAMPLE_RATE
 from pi_finetune.data.loading import sample_lengths
 from pi_finetune.enhancers import WEIGHTS_FILE
 from pi_finetune.errors import UserError
+from pi_finetune.recognizers import load_recognizer
+
+
+def load_recognizers(sources):
+    """Load recognisers for use in YAML.
+
+    Arguments
+    ---------
+    sources : None, str or list of str
+        Each as for :func:`pi_finetune.recognizers.load_recognizer`.
+
+    Returns
+    -------
+    list
+        One recogniser a source; empty for None.
+    """
+    sources = [sources] if isinstance(sources, str) else sources or []
+    return [load_recognizer(str(source)) for source in sources]
 
 
 def evaluate_system(

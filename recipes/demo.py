@@ -10,6 +10,8 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -33,54 +35,69 @@ def main():
     """Run the stages as the commands a user would type, and show each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_folder", default="results/demo")
-    folder = Path(parser.parse_args().output_folder)
+    # The stages run in the project's folder, as their commands are printed.
+    folder = Path(os.path.relpath(parser.parse_args().output_folder, ROOT))
+    os.chdir(ROOT)
     started = time.monotonic()
     inputs = digest()
 
     for i, strategy in enumerate(STRATEGIES, start=1):
-        run = folder / strategy / str(SEED)
         stage(
             f"[{i}/{len(STRATEGIES)}] fine-tuning with {strategy}",
-            run / "demo.json",
+            folder / strategy / str(SEED),
             inputs,
             ["recipes/train.py", f"hparams/{strategy}.yaml", *TRAINING,
              "--seed", str(SEED), "--results_folder", str(folder)],
         )  # fmt: skip
-    runs = ["noisy", "pretrained", *(str(folder / s / str(SEED)) for s in STRATEGIES)]
-    stage(
-        f"evaluating {len(runs)} systems on the test set",
-        folder / "evaluation.json",
-        inputs,
-        ["recipes/evaluate.py", "hparams/evaluate.yaml", "--run", json.dumps(runs),
-         "--results_folder", str(folder), "--overwrite", "True"],
-    )  # fmt: skip
-    stage(
-        "comparing",
-        None,
-        inputs,
-        ["recipes/compare.py", str(folder), "--output_folder", str(folder), "--html"],
-    )
+    for system in ("noisy", "pretrained", *STRATEGIES):
+        trained = system in STRATEGIES
+        run = folder / system / (str(SEED) if trained else "0")
+        stage(
+            f"evaluating {system}",
+            run / "scores" if trained else run,
+            inputs,
+            ["recipes/evaluate.py", "hparams/evaluate.yaml", "--results_folder", str(folder),
+             "--run", str(run) if trained else system],
+        )  # fmt: skip
+    print("== comparing", flush=True)
+    run_python(["recipes/compare.py", str(folder), "--output_folder", str(folder), "--html"])
     print(f"\nDone in {time.monotonic() - started:.0f} s. Report: {folder / 'report.html'}")
 
 
-def stage(title, stamp, inputs, command):
-    """Run a command unless its stamp says that it was run with these inputs."""
+def stage(title, folder, inputs, command):
+    """Run a command, unless ``folder`` holds its result, made with these inputs.
+
+    What was made with other inputs is removed first; what was interrupted is continued.
+    """
     print(f"== {title}", flush=True)
-    made_by = {"command": command, "inputs": inputs}
-    if stamp is not None and stamp.exists() and json.loads(stamp.read_text()) == made_by:
+    stamp = folder / "demo.json"
+    state = json.loads(stamp.read_text()) if stamp.exists() else {}
+    if state.get("command") != command or state.get("inputs") != inputs:
+        if stamp.exists():  # else it is not the demo's to remove
+            shutil.rmtree(folder)
+    elif state["complete"]:
         print("   up to date", flush=True)
         return
     started = time.monotonic()
-    code = subprocess.call(
-        [sys.executable, *command], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT
-    )
-    if code:
-        sys.exit(f"error: this stage failed: python {' '.join(command)}")
-    if stamp is not None:
-        temporary = stamp.with_name(stamp.name + ".tmp")
-        temporary.write_text(json.dumps(made_by))
-        os.replace(temporary, stamp)
+    write(stamp, {"command": command, "inputs": inputs, "complete": False})
+    run_python(command)
+    write(stamp, {"command": command, "inputs": inputs, "complete": True})
     print(f"   {time.monotonic() - started:.0f} s", flush=True)
+
+
+def run_python(command):
+    """Run a recipe; end the demo if it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if subprocess.call([sys.executable, *command], env=environment):
+        sys.exit(f"error: this stage failed: python {shlex.join(command)}")
+
+
+def write(path, content):
+    """Write JSON, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)
 
 
 def digest():

@@ -35,8 +35,6 @@ def main(argv):
         enhancer = None if weights is None else load_enhancer(weights).to(device).eval()
         systems.append((folder, enhancer, weights))
 
-    for recognizer in hparams["recognizers"]:
-        recognizer.to(device)
     for folder, enhancer, weights in systems:
         path = evaluate_system(
             folder,

@@ -15,7 +15,7 @@ import speechbrain as sb
 from speechbrain.dataio.batch import PaddedBatch
 
 from pi_finetune.brains.enhancement import EnhancementBrain
-from pi_finetune.config import load_hparams
+from pi_finetune.config import load_hparams, refuse_other_settings
 from pi_finetune.data.loading import UpdateSampler
 from pi_finetune.errors import UserError, command
 
@@ -30,6 +30,7 @@ def main(argv):
         raise UserError("updates: must be a multiple of valid_every, so that the end is validated.")
 
     folder = Path(hparams["output_folder"])
+    sb.utils.distributed.run_on_main(refuse_other_settings, args=[folder, resolved])
     sb.create_experiment_directory(experiment_directory=str(folder))
     sb.utils.distributed.run_on_main((folder / "hyperparams.yaml").write_text, args=[resolved])
 

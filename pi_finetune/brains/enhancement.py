@@ -31,12 +31,13 @@ class EnhancementBrain(sb.Brain):
     every validation adds a line to ``valid.jsonl``, so that runs compare on one axis.
 
     From YAML it uses: ``output_folder, seed, data_seed, lr_schedule, valid_every, wer_every,
-    recognizer, select_by, nonfinite_patience, train_loggers``.
+    recognizers, select_by, nonfinite_patience, train_loggers``.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.hparams.select_by == "wer" and self.hparams.recognizer is None:
+        self.recognizer = next(iter(self.hparams.recognizers), None)
+        if self.hparams.select_by == "wer" and self.recognizer is None:
             raise UserError("select_by: wer needs a recogniser; set asr_source or select_by.")
         self.progress = Progress()
         self.skipped_in_a_row = 0
@@ -126,14 +127,14 @@ class EnhancementBrain(sb.Brain):
             self.started = time.monotonic()
             return
         self.scores = []
-        self.with_wer = self.hparams.recognizer is not None and (
+        self.with_wer = self.recognizer is not None and (
             epoch is None or epoch % self.hparams.wer_every == 0
         )
 
     def _score(self, enhanced, batch, lengths, losses):
         texts = [None] * len(lengths)
         if self.with_wer:
-            texts = self.hparams.recognizer(enhanced, lengths)
+            texts = self.recognizer(enhanced, lengths)
         enhanced, clean = enhanced.float().cpu().numpy(), batch.clean.data.cpu().numpy()
         for i, length in enumerate(lengths.tolist()):
             score = metrics.signal_scores(clean[i, :length], enhanced[i, :length])

@@ -1,0 +1,77 @@
+"""YAML loading: extends, includes, overrides, and what is said when they are wrong."""
+
+from collections import Counter
+
+import pytest
+
+from pi_finetune.config import load_hparams, refuse_other_settings
+from pi_finetune.errors import UserError
+
+BASE = """
+seed: 1
+name: base
+output: !ref results/<name>/<seed>
+block: !include:blocks/block.yaml
+    x: !ref <seed>
+made: !new:collections.Counter
+    a: 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks" / "block.yaml").write_text("!new:collections.Counter\nx: 5\ny: 2\n")
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "child.yaml").write_text(
+        "extends: base.yaml\nname: child\nmade: !new:collections.Counter\n    z: !ref <factor>\n"
+        "factor: 4\n"
+    )
+    return tmp_path
+
+
+def test_extends_replaces_whole_values_and_keeps_references(folder):
+    hparams, text = load_hparams(folder / "child.yaml", "seed: 7\n")
+    assert hparams["output"] == "results/child/7"
+    assert hparams["made"] == Counter(z=4)
+    assert hparams["block"] == Counter(x=7, y=2)
+    assert "!ref" not in text and "!include" not in text
+    again, _ = load_hparams(_write(folder / "again.yaml", text))
+    assert again == hparams
+
+
+def test_a_block_can_be_exchanged_on_the_command_line(folder):
+    override = f"made: !include:{folder}/blocks/block.yaml"
+    hparams, _ = load_hparams(folder / "child.yaml", override)
+    assert hparams["made"] == Counter(x=5, y=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("seed: 1", "sead: 2", r"--sead: .* no such key\. Did you mean --seed\?"),
+        ("seed: !PLACEHOLDER", "", "'seed' is a !PLACEHOLDER"),
+        ("a: [1", "", "is not valid YAML"),
+        ("- 1", "", "holds no mapping"),
+        ("extends: nowhere.yaml", "", r"Cannot read the experiment file .*nowhere\.yaml"),
+        ("extends: bad.yaml", "", "goes round in a circle"),
+        ("a: !include:nowhere.yaml", "", r"names a file that is not there: .*nowhere\.yaml"),
+        ("a: !new:collections.deque\n    size: 1", "", "collections.deque"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_hparams(_write(tmp_path / "bad.yaml", text), overrides)
+
+
+def test_a_run_with_other_settings_is_not_resumed(tmp_path):
+    refuse_other_settings(tmp_path, "lr: 1\n")  # nothing there yet
+    _write(tmp_path / "hyperparams.yaml", "lr: 1\nnum_workers: 1\nmade: !new:a.B\n  c: 1\n")
+    refuse_other_settings(tmp_path, "lr: 1\nnum_workers: 4\nmade: !new:a.B\n  c: 1\n")
+    with pytest.raises(UserError, match="other settings: lr, made"):
+        refuse_other_settings(tmp_path, "lr: 2\nmade: !new:a.C\n  c: 1\n")
+
+
+def _write(path, text):
+    path.write_text(text)
+    return path

@@ -1,0 +1,315 @@
+"""Fine-tuning and evaluation through the recipes, as a user runs them, on a generated corpus."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pi_finetune.brains.enhancement import EnhancementBrain
+from pi_finetune.enhancers import MaskEnhancer, load_enhancer, save_enhancer
+
+ROOT = Path(__file__).resolve().parent.parent
+HPARAMS = ROOT / "hparams"
+STRATEGIES = (
+    "mse", "zero_pad", "soft_dtw", "soft_dtw_no_speed", "speed_mse", "zero_pad_soft_dtw",
+    "si_sdr", "l1_stft", "pretrain_enhancer",
+)  # fmt: skip
+
+
+def recipe(name):
+    """The ``main`` of a recipe, in this process: importing PyTorch again takes seconds."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pretrained")
+    save_enhancer(folder, MaskEnhancer(channels=(4, 4), dim=8, dilations=(1, 2)))
+    (folder / "block.yaml").write_text(
+        "!new:pi_finetune.enhancers.MaskEnhancer\nchannels: [4, 4]\ndim: 8\ndilations: [1, 2]\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def train(corpus, noises, tiny_teacher, pretrained, tmp_path):
+    """Run train.py with small settings; returns the run folder."""
+
+    def run(strategy, results="results", **changes):
+        settings = {
+            "data_folder": corpus,
+            "noise_folder": noises,
+            "teacher_source": tiny_teacher,
+            "enhancer": f"!include:{pretrained}/block.yaml",
+            "enhancer_weights": pretrained,
+            "asr_source": "null",
+            "select_by": "si_sdr",
+            "results_folder": tmp_path / results,
+            "updates": 4,
+            "valid_every": 2,
+            "segment_seconds": 1.0,
+            "batch_size": 2,
+            "num_workers": 0,
+            "valid_utterances": 2,
+            "lr": 0.01,
+            "warmup_updates": 0,
+            **changes,
+        }
+        arguments = [str(HPARAMS / f"{strategy}.yaml"), "--noprogressbar"]
+        for key, value in settings.items():
+            arguments += [f"--{key}", str(value)]
+        recipe("train")(arguments)
+        return tmp_path / results / strategy / str(settings.get("seed", 1234))
+
+    return run
+
+
+def validations(run):
+    return [json.loads(line) for line in (run / "valid.jsonl").read_text().splitlines()]
+
+
+def test_every_yaml_is_tested():
+    fine_tuning = {path.stem for path in HPARAMS.glob("*.yaml") if "updates" in _keys(path)}
+    assert fine_tuning - {"finetune", "asr_ctc", "pretrain_teacher"} == set(STRATEGIES)
+
+
+def _keys(path):
+    text = path.read_text()
+    if "extends: " in text:
+        base = text.split("extends: ")[1].split()[0]
+        return _keys(path.parent / base) | {"extends"}
+    return {line.split(":")[0] for line in text.splitlines()}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_trains(train, pretrained, strategy):
+    run = train(strategy)
+    records = validations(run)
+    assert [record["update"] for record in records] == [2, 4]
+    for record in records:
+        assert np.isfinite([record[k] for k in ("objective", "si_sdr", "stoi", "seconds")]).all()
+    before = load_file(pretrained / "enhancer.safetensors")
+    after = load_enhancer(run).state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert "strategy: " + strategy in (run / "hyperparams.yaml").read_text()
+
+
+def test_no_strategy_is_named_in_the_brain():
+    source = (ROOT / "pi_finetune" / "brains" / "enhancement.py").read_text()
+    for strategy in {*STRATEGIES} - {"si_sdr"}:  # also the name of a metric
+        assert strategy not in source
+
+
+def test_all_strategies_start_from_the_same_mixtures(train, monkeypatch):
+    heard = {}
+    forward = EnhancementBrain.compute_forward
+    for strategy in ("mse", "soft_dtw"):
+        inputs = heard.setdefault(strategy, [])
+
+        def spy(self, batch, stage, inputs=inputs):
+            inputs.append(batch.noisy.data.clone())
+            return forward(self, batch, stage)
+
+        monkeypatch.setattr(EnhancementBrain, "compute_forward", spy)
+        train(strategy)
+    assert len(heard["mse"]) == len(heard["soft_dtw"]) == 6
+    for one, other in zip(heard["mse"], heard["soft_dtw"]):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("killed_at", [2, 4])
+def test_a_killed_run_ends_as_an_uninterrupted_one(train, monkeypatch, killed_at):
+    straight = train("soft_dtw", "straight", ckpt_interval_minutes=1e-9)
+    steps = []
+    step = EnhancementBrain.optimizers_step
+
+    def die(self):
+        steps.append(1)
+        if len(steps) == killed_at:
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EnhancementBrain, "optimizers_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            train("soft_dtw", "killed", ckpt_interval_minutes=1e-9)
+    resumed = train("soft_dtw", "killed", ckpt_interval_minutes=1e-9)
+    expected, got = (torch.load(_last(run), weights_only=True) for run in (straight, resumed))
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    for one, other in zip(validations(straight), validations(resumed), strict=True):
+        assert one["objective"] == other["objective"]
+
+
+def _last(run):
+    return max(run.glob("save/CKPT*/enhancer.ckpt"), key=lambda p: p.stat().st_mtime)
+
+
+def test_a_run_with_other_settings_is_refused(train, capsys):
+    train("mse")
+    with pytest.raises(SystemExit):
+        train("mse", lr=0.02)
+    assert "holds a run with other settings: lr" in capsys.readouterr().err
+
+
+def _break(monkeypatch, calls):
+    """Make the loss of the named calls NaN."""
+    count = iter(range(1000))
+    objectives = EnhancementBrain.compute_objectives
+
+    def broken(self, predictions, batch, stage):
+        loss = objectives(self, predictions, batch, stage)
+        return loss * float("nan") if stage.name == "TRAIN" and next(count) in calls else loss
+
+    monkeypatch.setattr(EnhancementBrain, "compute_objectives", broken)
+
+
+def test_a_non_finite_loss_skips_the_update_and_is_counted(train, monkeypatch):
+    _break(monkeypatch, {1, 2})
+    run = train("mse")
+    assert [record["skipped_updates"] for record in validations(run)] == [1, 2]
+    weights = load_enhancer(run).state_dict()
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_too_many_non_finite_losses_stop_with_a_clear_message(train, monkeypatch, capsys):
+    _break(monkeypatch, set(range(100)))
+    with pytest.raises(SystemExit):
+        train("mse", nonfinite_patience=2)
+    error = capsys.readouterr().err
+    assert "3 updates in a row had a non-finite loss" in error and "nonfinite_patience" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_folder": "/nowhere"}, "data_folder: /nowhere is no folder"),
+        ({"noise_folder": "/nowhere"}, "/nowhere: no such folder"),
+        ({"valid_splits": "[nope]"}, "no split 'nope'"),
+        ({"teacher_source": "/nowhere"}, "/nowhere"),
+        ({"teacher_layers": 7}, "has 2 layers, asked for layer 7"),
+        ({"enhancer_weights": "/nowhere"}, "No weights at /nowhere"),
+        ({"updates": 5}, "multiple of valid_every"),
+        ({"select_by": "wer"}, "select_by: wer needs a recogniser"),
+        ({"gama": 1}, "--gama: "),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_training(train, capsys, changes, message):
+    with pytest.raises(SystemExit) as stopped:
+        train("soft_dtw", **changes)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+class Parrot:
+    """A recogniser that hears the same in everything."""
+
+    name = "parrot"
+
+    def __call__(self, wavs, lengths):
+        return ["one two three"] * len(wavs)
+
+
+@pytest.fixture
+def evaluate(corpus, noises, pretrained, tmp_path, monkeypatch):
+    """Run evaluate.py; returns the results folder."""
+    monkeypatch.setattr("pi_finetune.evaluation.load_recognizer", lambda source: Parrot())
+
+    def run(systems, **changes):
+        settings = {
+            "run": json.dumps(systems),
+            "results_folder": tmp_path / "results",
+            "enhancer_weights": pretrained,
+            "data_folder": corpus,
+            "noise_folder": noises,
+            "workers": 1,
+            "audio_examples": 2,
+            **changes,
+        }
+        arguments = [str(HPARAMS / "evaluate.yaml")]
+        for key, value in settings.items():
+            arguments += [f"--{key}", str(value)]
+        recipe("evaluate")(arguments)
+        return tmp_path / "results"
+
+    return run
+
+
+def scores(run):
+    return [json.loads(line) for line in (run / "scores" / "test.jsonl").read_text().splitlines()]
+
+
+def test_scores_of_all_systems_are_of_the_same_mixtures(train, evaluate):
+    run = train("mse")
+    results = evaluate(["noisy", "pretrained", str(run)])
+    noisy, pretrained, trained = (
+        scores(results / name) for name in ("noisy/0", "pretrained/0", "mse/1234")
+    )
+    assert len(noisy) == 6
+    keys = ("id", "set", "snr", "noise_class", "duration")
+    for a, b, c in zip(noisy, pretrained, trained, strict=True):
+        assert [a[k] for k in keys] == [b[k] for k in keys] == [c[k] for k in keys]
+        assert a["si_sdr"] == pytest.approx(a["snr"], abs=0.5)
+        assert len({x["si_sdr"] for x in (a, b, c)}) == 3
+        errors = c["asr"]["parrot"]
+        assert errors["hypothesis"] and errors["hits"] + errors["substitutions"] <= 3
+    assert {x["strategy"] for x in trained} == {"mse"} and {x["seed"] for x in trained} == {"1234"}
+    audio = {path.name for path in (results / "noisy/0/scores/test/audio").iterdir()}
+    assert len(audio) == 4 and {name.split(".")[1] for name in audio} == {"noisy", "clean"}
+    assert len(list((run / "scores/test/audio").glob("*.enhanced.flac"))) == 2
+    # the order of lines does not matter, their content does not depend on the batch
+    again = scores(evaluate([str(run)], batch_size=1, overwrite=True) / "mse/1234")
+    for one, other in zip(trained, again, strict=True):
+        assert one["si_sdr"] == pytest.approx(other["si_sdr"], abs=1e-3)
+
+
+def test_an_interrupted_evaluation_continues(evaluate, monkeypatch):
+    from pi_finetune import metrics
+
+    calls = []
+    score = metrics.score_batch
+
+    def die(references, estimates, workers):
+        calls.append(len(references))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(references, estimates, workers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "score_batch", die)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(["noisy"], batch_size=2)
+    calls.clear()
+
+    def count(references, estimates, workers):
+        calls.append(len(references))
+        return score(references, estimates, workers)
+
+    monkeypatch.setattr(metrics, "score_batch", count)
+    results = evaluate(["noisy"], batch_size=2)
+    assert calls == [2]  # four of six were there
+    assert len({record["id"] for record in scores(results / "noisy/0")}) == 6
+    assert not list((results / "noisy/0/scores").glob("*.part"))
+
+
+def test_scores_made_with_other_settings_are_not_mixed(evaluate, capsys):
+    evaluate(["noisy"])
+    with pytest.raises(SystemExit):
+        evaluate(["noisy"], data_seed=1)
+    assert "was made with other pairs. Add --overwrite True" in capsys.readouterr().err
+    results = evaluate(["noisy"], data_seed=1, overwrite=True)
+    assert len(scores(results / "noisy/0")) == 6
+
+
+def test_evaluation_of_nothing_is_an_error(evaluate, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate([str(tmp_path / "nowhere")])
+    assert "nowhere" in capsys.readouterr().err
