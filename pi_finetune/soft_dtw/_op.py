@@ -196,17 +196,17 @@ def _(
 
 
 def _keep(ctx, inputs, output):
-    x, y, n, m, gamma, bandwidth, cost, divergence, backend, *_ = inputs
+    x, y, n, m, gamma, bandwidth, cost, divergence, backend, _, x_grad, y_grad = inputs
     ctx.save_for_backward(x, y, n, m, *output[1:])
-    ctx.options = gamma, bandwidth, cost, divergence, backend
+    ctx.options = gamma, bandwidth, cost, divergence, backend, x_grad, y_grad
     ctx.set_materialize_grads(False)  # else zeros as large as the saved buffers are made
 
 
 def _backward(ctx, grad, *_):
-    x_grad, y_grad = ctx.needs_input_grad[:2]
     if grad is None:
         return (None,) * 12
-    gx, gy = soft_dtw_backward_op(grad, *ctx.saved_tensors, *ctx.options, x_grad, y_grad)
+    *_, x_grad, y_grad = ctx.options
+    gx, gy = soft_dtw_backward_op(grad, *ctx.saved_tensors, *ctx.options)
     return gx if x_grad else None, gy if y_grad else None, *(None,) * 10
 
 
