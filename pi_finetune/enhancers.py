@@ -9,7 +9,9 @@ The compact mask network is the shipped default. The others are there so that a
 result can be checked to hold for more than one kind of model.
 """
 
+import functools
 import importlib
+import inspect
 import itertools
 import math
 import os
@@ -19,25 +21,39 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import yaml
+from hyperpyyaml import load_hyperpyyaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from speechbrain.inference.enhancement import SpectralMaskEnhancement, WaveformEnhancement
+from speechbrain.inference.separation import SepformerSeparation
+from speechbrain.lobes.models import conv_tasnet
 from speechbrain.nnet.CNN import Conv1d, Conv2d
 from speechbrain.nnet.linear import Linear
 from speechbrain.nnet.normalization import LayerNorm
+from speechbrain.nnet.RNN import LSTM
 from speechbrain.processing.features import ISTFT, STFT
+from speechbrain.utils.callchains import lengths_arg_exists
+from speechbrain.utils.fetching import fetch
 from torch import nn
+from torchaudio.functional import resample
 
 from pi_finetune.errors import UserError
 
 SAMPLE_RATE = 16000
 CONFIG_FILE = "enhancer.yaml"
 WEIGHTS_FILE = "enhancer.safetensors"
+SPEECHBRAIN_FILE = "speechbrain.yaml"
 
 _REGISTRY = {}
 
 
 def _class_path(cls):
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _level(wavs, lengths):
+    """Root mean square [B, 1] of wavs [B, T] (zero beyond lengths) over their valid samples."""
+    return (wavs.square().sum(1) / lengths.clamp(min=1) + 1e-10).sqrt()[:, None]
 
 
 def _valid(lengths, size):
@@ -76,6 +92,15 @@ class WaveformEnhancer(nn.Module):
     def enhance(self, wavs, lengths):
         """Enhance wavs [B, T], zero beyond lengths [B], the longest of which is T."""
         raise NotImplementedError
+
+    def extra_files(self):
+        """Text files that ``rebuild`` needs beside config and weights: {name: text}."""
+        return {}
+
+    @classmethod
+    def rebuild(cls, folder, arguments, trust):
+        """Build the model saved in ``folder``, without its weights."""
+        return cls(**arguments)
 
     def forward(self, wavs, lengths=None):
         """Enhance a batch.
@@ -310,6 +335,391 @@ class MaskEnhancer(WaveformEnhancer):
         return features.masked_fill(~valid[:, None, :, None], 0.0)
 
 
+class _MaskedNorm(nn.Module):
+    """Conv-TasNet's global or channel-wise layer norm over the valid frames alone.
+
+    SpeechBrain's ``GlobalLayerNorm`` averages over the padding too. Here the
+    statistics run over an item's own frames, and the frames beyond are set to zero,
+    which is what the depthwise convolution after it sees at the end of an unpadded item.
+
+    Arguments
+    ---------
+    norm : GlobalLayerNorm or ChannelwiseLayerNorm
+        The module that this one replaces; its parameters keep their names.
+    """
+
+    def __init__(self, norm):
+        super().__init__()
+        self.gamma, self.beta = norm.gamma, norm.beta
+        self.over_time = isinstance(norm, conv_tasnet.GlobalLayerNorm)
+        self.valid = None  # bool [B, K, 1], set by ConvTasNet for the time of one call
+
+    def forward(self, y):
+        """Normalise y [B, K, N]."""
+        if self.over_time:
+            weight = self.valid / (self.valid.sum(1, keepdim=True).clamp(min=1) * y.shape[2])
+            mean = (y * weight).sum((1, 2), keepdim=True)
+            var = ((y - mean).square() * weight).sum((1, 2), keepdim=True)
+        else:
+            mean = y.mean(2, keepdim=True)
+            var = y.var(2, keepdim=True, unbiased=False)
+        y = self.gamma * (y - mean) / (var + conv_tasnet.EPS).sqrt() + self.beta
+        return y.masked_fill(~self.valid, 0.0)
+
+
+class ConvTasNet(WaveformEnhancer):
+    """SpeechBrain's Conv-TasNet with one source (Luo and Mesgarani, TASLP 2019).
+
+    The parts are ``speechbrain.lobes.models.conv_tasnet`` as they are, but for
+    three things that let padding in: the global layer norm (see ``_MaskedNorm``),
+    convolutions padded by reflection, and an output that lags by half a filter.
+    The waveform is brought to unit level over its valid samples and back, so the
+    output scales with the input.
+
+    Arguments
+    ---------
+    filters : int
+        Filters of the learned front end (N in the paper).
+    kernel : int
+        Their length in samples, even; they overlap by half (L).
+    bottleneck, hidden : int
+        Channels between and inside the convolutional blocks (B and H).
+    blocks, repeats : int
+        Blocks in a repeat, with dilations 1, 2, 4, ..., and repeats (X and R).
+    block_kernel : int
+        Kernel size of the blocks, odd (P).
+    norm : str
+        ``"gLN"`` (over time and channels) or ``"cLN"`` (over channels, frame by frame).
+    """
+
+    def __init__(
+        self,
+        filters=192,
+        kernel=32,
+        bottleneck=96,
+        hidden=192,
+        blocks=7,
+        repeats=2,
+        block_kernel=3,
+        norm="gLN",
+    ):
+        super().__init__(
+            filters=filters,
+            kernel=kernel,
+            bottleneck=bottleneck,
+            hidden=hidden,
+            blocks=blocks,
+            repeats=repeats,
+            block_kernel=block_kernel,
+            norm=norm,
+        )
+        if norm not in ("gLN", "cLN"):
+            raise ValueError(f"norm must be 'gLN' or 'cLN', got {norm!r}")
+        if kernel < 2 or kernel % 2 or block_kernel % 2 == 0:
+            raise ValueError(
+                f"kernel must be even and block_kernel odd, got {kernel} and {block_kernel}"
+            )
+        self.stride = kernel // 2
+        self.encoder = conv_tasnet.Encoder(kernel, filters)
+        self.masknet = conv_tasnet.MaskNet(
+            filters, bottleneck, hidden, block_kernel, blocks, repeats, C=1, norm_type=norm
+        )
+        self.decoder = conv_tasnet.Decoder(kernel, filters)
+        for parent in list(self.modules()):
+            if isinstance(parent, Conv1d):
+                parent.padding_mode = "constant"
+            for name, child in list(parent.named_children()):
+                if isinstance(
+                    child, conv_tasnet.GlobalLayerNorm | conv_tasnet.ChannelwiseLayerNorm
+                ):
+                    parent.add_module(name, _MaskedNorm(child))
+        self._norms = [module for module in self.modules() if isinstance(module, _MaskedNorm)]
+
+    def enhance(self, wavs, lengths):
+        """See ``WaveformEnhancer``."""
+        time = wavs.shape[1]
+        level = _level(wavs, lengths)
+        # Frame k spans samples [(k - 1) stride, (k + 1) stride).
+        frames = (lengths + self.stride - 1) // self.stride + 1
+        size = -(-time // self.stride) * self.stride
+        mixture = self.encoder(F.pad(wavs / level, (0, size - time)))  # [B, K, N]
+        valid = _valid(frames, mixture.shape[1])[..., None]
+        for norm in self._norms:
+            norm.valid = valid
+        mask = self.masknet(mixture.transpose(1, 2))[0].transpose(1, 2)  # [B, K, N]
+        for norm in self._norms:
+            norm.valid = None
+        enhanced = self.decoder(mixture, mask[:, :, None])[..., 0]
+        return enhanced[:, self.stride : self.stride + time] * level
+
+
+class UNetEnhancer(WaveformEnhancer):
+    """Waveform U-Net of the Demucs family, with a recurrent bottleneck.
+
+    After Défossez, Synnaeve and Adi, "Real Time Speech Enhancement in the
+    Waveform Domain", Interspeech 2020: each encoder level is a strided
+    convolution, ReLU, a 1x1 convolution and GLU; the decoder mirrors it with skip
+    connections added; an LSTM joins them; convolutions are rescaled at
+    initialisation. Unlike the paper it has no internal upsampling, and it is
+    bidirectional unless ``causal``. Every level pads to whole strides and masks
+    what lies beyond an item's own frames. The waveform is brought to unit level
+    over its valid samples and back, so the output scales with the input.
+
+    Arguments
+    ---------
+    channels : int
+        Channels of the first level.
+    depth : int
+        Number of levels.
+    growth : int
+        Factor on the channels from level to level.
+    kernel, stride : int
+        Of the strided convolutions, in samples of their level; stride <= kernel.
+    lstm_layers : int
+        Layers of the bottleneck.
+    causal : bool
+        A one-directional LSTM (the level is still taken over the utterance).
+    rescale : float
+        Reference standard deviation of the initial weights.
+    """
+
+    def __init__(
+        self,
+        channels=24,
+        depth=4,
+        growth=2,
+        kernel=8,
+        stride=4,
+        lstm_layers=1,
+        causal=False,
+        rescale=0.1,
+    ):
+        super().__init__(
+            channels=channels,
+            depth=depth,
+            growth=growth,
+            kernel=kernel,
+            stride=stride,
+            lstm_layers=lstm_layers,
+            causal=causal,
+            rescale=rescale,
+        )
+        if not 0 < stride <= kernel or depth < 1:
+            raise ValueError(
+                f"need 0 < stride <= kernel and depth >= 1, got stride={stride}, "
+                f"kernel={kernel}, depth={depth}"
+            )
+        self.kernel, self.stride = kernel, stride
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        inputs, outputs = 1, channels
+        for level in range(depth):
+            self.encoder.append(
+                nn.Sequential(
+                    nn.Conv1d(inputs, outputs, kernel, stride),
+                    nn.ReLU(),
+                    nn.Conv1d(outputs, 2 * outputs, 1),
+                    nn.GLU(dim=1),
+                )
+            )
+            # The transposed convolution is a step of its own: a mask comes before it.
+            before = nn.Sequential(nn.Conv1d(outputs, 2 * outputs, 1), nn.GLU(dim=1))
+            up = nn.ConvTranspose1d(outputs, inputs, kernel, stride)
+            after = nn.ReLU() if level else nn.Identity()
+            self.decoder.insert(0, nn.ModuleList([before, up, after]))
+            inputs, outputs = outputs, outputs * growth
+        self.lstm = LSTM(
+            hidden_size=inputs,
+            input_size=inputs,
+            num_layers=lstm_layers,
+            bidirectional=not causal,
+        )
+        self.join = nn.Identity() if causal else Linear(n_neurons=inputs, input_size=2 * inputs)
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+                    scale = (module.weight.std() / rescale).sqrt()
+                    module.weight.div_(scale)
+                    module.bias.div_(scale)
+
+    def enhance(self, wavs, lengths):
+        """See ``WaveformEnhancer``."""
+        level = _level(wavs, lengths)
+        x = (wavs / level)[:, None]  # [B, C, T]
+        skips, sizes = [], [(lengths, wavs.shape[1])]
+        for encode in self.encoder:
+            lengths = self._frames(lengths)
+            size = (self._frames(x.shape[2]) - 1) * self.stride + self.kernel
+            x = self._cut(encode(F.pad(x, (0, size - x.shape[2]))), lengths)
+            skips.append(x)
+            sizes.append((lengths, x.shape[2]))
+        # SpeechBrain packs by relative lengths, truncating: half a frame more is safe.
+        relative = (lengths.clamp(min=1) + 0.5) / x.shape[2]
+        x = self.join(self.lstm(x.transpose(1, 2), lengths=relative)[0]).transpose(1, 2)
+        for before, up, after in self.decoder:
+            lengths, _ = sizes.pop()
+            x = up(self._cut(before(x + skips.pop()), lengths))
+            x = after(x[..., : sizes[-1][1]])
+        return x[:, 0] * level
+
+    def _frames(self, lengths):
+        """Frames that cover ``lengths`` samples (int or tensor): at least one, if any."""
+        if isinstance(lengths, int):
+            return max(0, -(-(lengths - self.kernel) // self.stride)) + 1
+        frames = (lengths - self.kernel + self.stride - 1).div(self.stride, rounding_mode="floor")
+        return (frames.clamp(min=0) + 1) * (lengths > 0)
+
+    @staticmethod
+    def _cut(x, lengths):
+        """Set x [B, C, N] to zero from lengths [B] on."""
+        return x.masked_fill(~_valid(lengths, x.shape[2])[:, None], 0.0)
+
+
+class SpeechBrainEnhancer(WaveformEnhancer):
+    """Any enhancement model in SpeechBrain's pretrained format, ready to be fine-tuned.
+
+    The folder's ``hyperparams.yaml`` decides which SpeechBrain interface runs it:
+    ``SepformerSeparation`` where it has the modules encoder, masknet and decoder (one
+    source), ``SpectralMaskEnhancement`` where it has ``enhance_model`` and
+    ``compute_stft``, ``spectral_magnitude`` and ``resynth``, ``WaveformEnhancement``
+    where it has ``enhance_model`` alone. Loading that file runs the code it names, as
+    always with SpeechBrain: use sources you trust.
+
+    These models know no lengths, or use them inexactly, so items of unequal length
+    are run one after the other; items of equal length run together. Models of another
+    rate are resampled to and from. Resynthesis does not normalise by the peak. How the
+    output scales with the input is up to the model.
+
+    Arguments
+    ---------
+    source : str or Path
+        A hub name (``speechbrain/metricgan-plus-voicebank``) or a local folder.
+    savedir : str or Path, optional
+        Where downloads are linked to (default: the hub's cache alone).
+    hparams_file : str
+        Name of the YAML file in ``source``.
+    pretrained : bool
+        Whether to load the source's weights (default True); without, the weights are
+        those the YAML file initialises.
+
+    Raises
+    ------
+    UserError
+        Where the source cannot be had or is no enhancement model.
+    """
+
+    MIN_SAMPLES = 2048  # shorter inputs are padded up to it: SpeechBrain's parts need a few frames
+
+    def __init__(self, source, savedir=None, hparams_file="hyperparams.yaml", pretrained=True):
+        source, savedir = str(source), savedir and str(savedir)
+        super().__init__(
+            source=source, savedir=savedir, hparams_file=hparams_file, pretrained=pretrained
+        )
+        if not Path(source).is_dir() and (source.count("/") != 1 or source[0] in "./~"):
+            raise UserError(
+                f"There is no folder {source}: give a local folder with {hparams_file} and the "
+                "weights it names, or a hub name such as speechbrain/metricgan-plus-voicebank."
+            )
+        try:
+            path = fetch(hparams_file, source, savedir=savedir)
+            self.hparams_text = Path(path).read_text(encoding="utf-8")
+            with open(path, encoding="utf-8") as stream:
+                hparams = load_hyperpyyaml(stream)
+            if pretrained and "pretrainer" in hparams:
+                hparams["pretrainer"].set_collect_in(savedir)
+                hparams["pretrainer"].collect_files(default_source=source)
+                hparams["pretrainer"].load_collected()
+        except Exception as error:  # whatever the hub, the YAML or the classes in it raise
+            raise UserError(
+                f"Cannot load the SpeechBrain model {source}: {type(error).__name__}: {error}. "
+                f"Without network, give a local folder with {hparams_file} and its weights."
+            ) from error
+        interface = self._interface(hparams, f"{source}/{hparams_file}")
+        if (
+            "resynth" in hparams
+            and "normalize_wavs" in inspect.signature(hparams["resynth"]).parameters
+        ):
+            hparams["resynth"] = functools.partial(hparams["resynth"], normalize_wavs=False)
+        self.rate = self._rate(hparams)
+        self.interface = interface(
+            modules=hparams["modules"],
+            hparams=hparams,
+            run_opts={"device": "cpu"},
+            freeze_params=False,
+        )
+        self._takes_lengths = "enhance_model" in hparams["modules"] and lengths_arg_exists(
+            hparams["modules"]["enhance_model"].forward
+        )
+
+    @staticmethod
+    def _interface(hparams, where):
+        modules = hparams.get("modules") or {}
+        if {"encoder", "masknet", "decoder"} <= modules.keys():
+            if hparams.get("num_spks", 1) != 1:
+                raise UserError(
+                    f"{where} separates {hparams['num_spks']} speakers: an enhancer needs a model "
+                    "with one source (num_spks: 1)."
+                )
+            hparams.setdefault("num_spks", 1)
+            return SepformerSeparation
+        if "enhance_model" in modules:
+            if set(SpectralMaskEnhancement.HPARAMS_NEEDED) <= hparams.keys():
+                return SpectralMaskEnhancement
+            return WaveformEnhancement
+        raise UserError(
+            f"{where} is no enhancement model known here: its modules are "
+            f"{', '.join(modules) or 'none'}; needed are enhance_model, or encoder, masknet and "
+            "decoder."
+        )
+
+    @staticmethod
+    def _rate(hparams):
+        stft = hparams.get("compute_stft")
+        return int(hparams.get("sample_rate") or getattr(stft, "sample_rate", SAMPLE_RATE))
+
+    def extra_files(self):
+        """See ``WaveformEnhancer``: the YAML file travels along, the source is not needed again."""
+        return {SPEECHBRAIN_FILE: self.hparams_text}
+
+    @classmethod
+    def rebuild(cls, folder, arguments, trust):
+        """See ``WaveformEnhancer``."""
+        if not trust:
+            raise UserError(
+                f"The model in {folder} is a SpeechBrain model: loading runs the code that its "
+                f"{SPEECHBRAIN_FILE} names. Pass trust=True (--trust) if you trust it."
+            )
+        return cls(folder, hparams_file=SPEECHBRAIN_FILE, pretrained=False)
+
+    def enhance(self, wavs, lengths):
+        """See ``WaveformEnhancer``."""
+        self.interface.device = str(wavs.device)  # SpeechBrain moves its input there
+        enhanced = torch.zeros_like(wavs)
+        for length in lengths.unique().tolist():
+            if length:
+                rows = (lengths == length).nonzero()[:, 0]
+                enhanced = enhanced.index_put(
+                    (rows,), F.pad(self._equal(wavs[rows, :length]), (0, wavs.shape[1] - length))
+                )
+        return enhanced
+
+    def _equal(self, wavs):
+        """Enhance wavs [B, T] that are all valid."""
+        time = wavs.shape[1]
+        wavs = F.pad(wavs, (0, max(0, self.MIN_SAMPLES - time)))
+        wavs = resample(wavs, SAMPLE_RATE, self.rate)
+        out = self._run(wavs)
+        if out.shape[1] < wavs.shape[1]:  # e.g. EnhanceResnet drops the last, incomplete frame
+            out = self._run(F.pad(wavs, (0, wavs.shape[1] - out.shape[1])))
+        out = resample(out, self.rate, SAMPLE_RATE)[:, :time]
+        return F.pad(out, (0, time - out.shape[1]))
+
+    def _run(self, wavs):
+        if isinstance(self.interface, SepformerSeparation):
+            return self.interface.separate_batch(wavs)[..., 0]
+        whole = torch.ones(len(wavs), device=wavs.device) if self._takes_lengths else None
+        return self.interface.enhance_batch(wavs, lengths=whole)
+
+
 def _write(path, write):
     """Call ``write(temporary path)``, then rename that file to ``path``."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
@@ -338,11 +748,16 @@ def save_enhancer(folder, enhancer, config=None):
         enhancer = enhancer.module
     config = enhancer.config if config is None else config
     text = yaml.safe_dump(dict(config), sort_keys=False)
-    weights = {k: v.detach().cpu().contiguous() for k, v in enhancer.state_dict().items()}
+    # Cloned, since safetensors refuses tensors that share memory.
+    weights = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in enhancer.state_dict().items()
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / WEIGHTS_FILE, lambda path: save_file(weights, path))
-    _write(folder / CONFIG_FILE, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    for name, content in {**getattr(enhancer, "extra_files", dict)(), CONFIG_FILE: text}.items():
+        _write(folder / name, lambda path, content=content: Path(path).write_text(content, "utf-8"))
 
 
 def load_enhancer(folder, trust=False):
@@ -355,8 +770,8 @@ def load_enhancer(folder, trust=False):
     folder : str or Path
         With ``enhancer.yaml`` and ``enhancer.safetensors``.
     trust : bool
-        Whether a class that is not registered may be imported by the name the
-        config gives; importing runs that module's code (default False).
+        Whether code that the folder names may be run (default False): a class that
+        is not registered is imported, a SpeechBrain model's YAML file is executed.
 
     Raises
     ------
@@ -385,9 +800,13 @@ def load_enhancer(folder, trust=False):
             "trust=True if you trust the file."
         )
     try:
-        enhancer = cls(**arguments)
+        rebuild = getattr(cls, "rebuild", None)
+        enhancer = rebuild(folder, arguments, trust) if rebuild else cls(**arguments)
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"The arguments in {path} do not fit {name}: {error}") from error
+    enhancer.config = config
     load_weights(enhancer, folder)
     return enhancer.eval()
 
