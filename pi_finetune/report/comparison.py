@@ -1,0 +1,320 @@
+"""The numbers of a comparison: scores, intervals, differences from a baseline, convergence."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pi_finetune.errors import UserError
+from pi_finetune.report.runs import UNTRAINED, Run, common_utterances, load_runs, rank
+from pi_finetune.report.scores import Metric, MetricScores, metric_scores, metrics_of
+from pi_finetune.report.statistics import (
+    Bootstrap,
+    Difference,
+    Interval,
+    area_under_curve,
+    holm,
+    seed_interval,
+    updates_to_reach,
+)
+
+#: Dev scores in which runs may converge, the preferred first.
+DEV_METRICS = (
+    Metric("wer", "dev WER (%)", False, 2),
+    Metric("pesq", "dev PESQ", True, 3),
+    Metric("stoi", "dev STOI", True, 4),
+    Metric("estoi", "dev ESTOI", True, 4),
+    Metric("si_sdr", "dev SI-SDR (dB)", True, 2),
+)
+
+
+@dataclass
+class SystemSummary:
+    """A system's score in one metric over its seeds.
+
+    ``p_holm`` is the p-value of the difference, adjusted over the trained strategies; None for the
+    baseline and for untrained systems, which are no hypotheses.
+    """
+
+    seeds: list[int]
+    level: Interval
+    difference: Difference | None = None
+    p_holm: float | None = None
+    marker: str = ""
+
+
+@dataclass
+class Curve:
+    """Dev scores of one run: [V] each."""
+
+    updates: np.ndarray
+    seconds: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass
+class Convergence:
+    """How fast a strategy reaches the baseline's best dev score.
+
+    ``updates`` and ``seconds`` have one entry per seed, infinite where the score was not reached
+    within the run; ``updates_mean`` only where every seed reached it. ``area`` is the mean height
+    of the dev curve over the updates that all runs share.
+    """
+
+    seeds: list[int]
+    updates: list[float]
+    seconds: list[float]
+    budget: float
+    updates_mean: Interval | None
+    area: Interval | None
+    area_difference: Interval | None
+
+
+@dataclass
+class Comparison:
+    """Everything that tables and report are written from."""
+
+    test_set: str
+    baseline: str | None  # None: it has no scores
+    runs: list[Run]
+    ids: list[str]
+    metrics: list[Metric]
+    scores: dict[str, MetricScores]
+    summary: dict[str, dict[str, SystemSummary]]
+    expected: list[tuple[str, int | None]]
+    dev_metric: Metric | None
+    curves: dict[str, dict[tuple[str, int], Curve]]
+    convergence: dict[str, Convergence]
+    bootstrap: Bootstrap
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def systems(self):
+        """Names of the systems that have scores, in the order of tables."""
+        return list(dict.fromkeys(run.strategy for run in self.runs if run.scores))
+
+    @property
+    def records(self):
+        """Score lines of the compared utterances by run: {(strategy, seed): [line]}."""
+        return {
+            (run.strategy, run.seed): [run.scores[id_] for id_ in self.ids]
+            for run in self.runs
+            if run.scores
+        }
+
+
+def compare_runs(
+    paths,
+    test_set=None,
+    baseline="mse",
+    intersect=False,
+    recognizer=None,
+    dev_metric=None,
+    bootstrap=None,
+):
+    """Compare runs on one test set and by their dev curves.
+
+    Arguments
+    ---------
+    paths : list of (str or Path)
+        Run folders, or folders above them.
+    test_set : str, optional
+        Which scores. Default: ``test``, or the only set there is.
+    baseline : str
+        The system that differences are taken from. Default: ``mse``.
+    intersect : bool
+        Where runs were scored on different utterances, compare on the common ones instead of
+        raising. Default: False.
+    recognizer : str, optional
+        Whose WER is the main one. Default: the first in the scores.
+    dev_metric : str, optional
+        Dev score of the convergence measures. Default: ``wer``, or the first of ``DEV_METRICS``
+        that every trained run has logged.
+    bootstrap : Bootstrap, optional
+        How intervals are drawn.
+
+    Returns
+    -------
+    Comparison
+        What is missing, left out or doubtful is in its ``notes``.
+
+    Raises
+    ------
+    UserError
+        As :func:`~pi_finetune.report.runs.load_runs`,
+        :func:`~pi_finetune.report.runs.common_utterances` and
+        :func:`~pi_finetune.report.scores.metrics_of`; or ``dev_metric`` is unknown.
+    """
+    bootstrap = bootstrap or Bootstrap()
+    notes = []
+    runs, test_set = load_runs(paths, test_set, notes)
+    scored = [run for run in runs if run.scores]
+    if not scored:
+        raise UserError(f"The scores of {test_set!r} hold no utterance. Evaluate anew.")
+    ids = common_utterances(scored, intersect, notes)
+    metrics = metrics_of(scored, recognizer)
+    scores = {m.name: metric_scores(scored, ids, m, notes) for m in metrics}
+    expected = _expected(runs, baseline, notes)
+    if baseline not in {run.strategy for run in scored}:
+        notes.append(f"no scores of the baseline {baseline}: no differences, no p-values")
+    curves = {m.name: _curves(runs, m) for m in DEV_METRICS}
+    dev_metric = _choose_dev_metric(curves, dev_metric)
+    summary = {name: _summarise(table, baseline, bootstrap) for name, table in scores.items()}
+    convergence = {}
+    if dev_metric is not None:
+        chosen = curves[dev_metric.name]
+        convergence = _converge(chosen, dev_metric, baseline, bootstrap.confidence, notes)
+    return Comparison(
+        test_set=test_set,
+        baseline=baseline if baseline in {run.strategy for run in scored} else None,
+        runs=runs,
+        ids=ids,
+        metrics=metrics,
+        scores=scores,
+        summary=summary,
+        expected=expected,
+        dev_metric=dev_metric,
+        curves=curves,
+        convergence=convergence,
+        bootstrap=bootstrap,
+        notes=notes,
+    )
+
+
+def _expected(runs, baseline, notes):
+    """Rows of the table, (system, seed): every run, and what should be there but is not."""
+    have = {(run.strategy, run.seed): run for run in runs}
+    trained = sorted({name for name, _ in have if name not in UNTRAINED})
+    seeds = sorted({seed for name, seed in have if name not in UNTRAINED})
+    rows = {*have, *((name, seed) for name in trained for seed in seeds)}
+    for name in ("noisy", "pretrained", baseline):
+        if name not in {row[0] for row in rows}:
+            rows.add((name, None))
+            notes.append(f"no run of {name}")
+    for name in trained:
+        lacking = [str(seed) for seed in seeds if (name, seed) not in have]
+        if lacking:
+            notes.append(f"{name}: no run with seed {', '.join(lacking)}")
+    for (name, seed), run in sorted(have.items()):
+        if not run.scores:
+            notes.append(f"{name}/{seed}: not evaluated on this set")
+    single = [name for name in trained if sum(key[0] == name for key in have) == 1]
+    if single:
+        notes.append(
+            f"one seed only of {', '.join(single)}: their intervals are about the choice of "
+            "utterances and say nothing of how much training varies"
+        )
+    return sorted(rows, key=lambda row: (rank(row[0]), row[1] or 0))
+
+
+def _summarise(scores, baseline, bootstrap):
+    """{system: SystemSummary} of one metric."""
+    result = {}
+    systems = list(dict.fromkeys(name for name, _ in scores.values))
+    for system in systems:
+        values, weights = scores.resampling_units(system)
+        result[system] = SystemSummary(scores.seeds(system), bootstrap.level(values, weights))
+    if baseline not in systems:
+        return result
+    reference, weights = scores.resampling_units(baseline)
+    higher = scores.metric.higher_is_better
+    for system in systems:
+        if system != baseline:
+            values, _ = scores.resampling_units(system)
+            # One seed means one data order and one set of mixtures for every strategy.
+            paired = scores.seeds(system) == scores.seeds(baseline)
+            result[system].difference = bootstrap.difference(
+                values, reference, weights, higher, paired
+            )
+    family = [s for s in systems if s != baseline and s not in UNTRAINED]
+    adjusted = holm([result[system].difference.p_value for system in family])
+    for system, p_value in zip(family, adjusted.tolist()):
+        result[system].p_holm = p_value
+        if p_value < 1 - bootstrap.confidence:
+            better = (result[system].difference.estimate > 0) == higher
+            result[system].marker = "*" if better else "†"
+    return result
+
+
+def _curves(runs, metric):
+    curves = {}
+    for run in runs:
+        lines = [
+            (line["update"], line.get("seconds", math.nan), line[metric.name])
+            for line in run.validations
+            if line.get(metric.name) is not None and math.isfinite(line[metric.name])
+        ]
+        if lines:
+            curves[run.strategy, run.seed] = Curve(*np.array(lines, np.float64).T)
+    return curves
+
+
+def _choose_dev_metric(curves, name):
+    known = {metric.name: metric for metric in DEV_METRICS}
+    if name is not None:
+        if name not in known:
+            raise UserError(f"--dev_metric {name}: choose one of {', '.join(known)}.")
+        return known[name] if curves[name] else None
+    trained = {key for by_run in curves.values() for key in by_run}
+    complete = [m for m in DEV_METRICS if curves[m.name] and set(curves[m.name]) == trained]
+    return complete[0] if complete else None
+
+
+def _converge(curves, metric, baseline, confidence, notes):
+    """{strategy: Convergence}; empty without dev curves of the baseline."""
+    higher = metric.higher_is_better
+    best = {
+        seed: float(curve.scores.max() if higher else curve.scores.min())
+        for (name, seed), curve in curves.items()
+        if name == baseline
+    }
+    if not best:
+        notes.append(f"no dev curve of the baseline {baseline}: convergence was not measured")
+        return {}
+    start = max(curve.updates[0] for curve in curves.values())
+    stop = min(curve.updates[-1] for curve in curves.values())
+    longest = max(curve.updates[-1] for curve in curves.values())
+    if stop < longest:
+        short = [f"{n}/{s}" for (n, s), c in curves.items() if c.updates[-1] < longest]
+        notes.append(
+            f"dev curves are of different lengths ({', '.join(short)} end before {longest:g} "
+            f"updates); areas are over the updates up to {stop:g} that all share"
+        )
+    areas = {}
+    if start < stop:
+        for key, curve in curves.items():
+            areas[key] = area_under_curve(curve.updates, curve.scores, start, stop)
+    result = {}
+    for strategy in sorted({name for name, _ in curves}, key=rank):
+        seeds = sorted(seed for name, seed in curves if name == strategy)
+        # Same seed, same data: the target is that seed's; a seed of its own gets the mean.
+        targets = [best.get(seed, float(np.mean(list(best.values())))) for seed in seeds]
+        updates, seconds = [], []
+        for seed, target in zip(seeds, targets):
+            curve = curves[strategy, seed]
+            updates.append(updates_to_reach(curve.updates, curve.scores, target, higher))
+            at = np.searchsorted(curve.updates, updates[-1])
+            seconds.append(float(curve.seconds[at]) if at < len(curve.seconds) else math.inf)
+        result[strategy] = Convergence(
+            seeds=seeds,
+            updates=updates,
+            seconds=seconds,
+            budget=max(curves[strategy, seed].updates[-1] for seed in seeds),
+            updates_mean=seed_interval(updates, confidence) if np.isfinite(updates).all() else None,
+            area=None,
+            area_difference=None,
+        )
+        if areas:
+            area = [areas[strategy, seed] for seed in seeds]
+            result[strategy].area = seed_interval(area, confidence)
+            paired = [seed for seed in seeds if seed in best]
+            if strategy != baseline and paired:
+                differences = [areas[strategy, s] - areas[baseline, s] for s in paired]
+                result[strategy].area_difference = seed_interval(differences, confidence)
+    return result
+
+
+def common_folder(comparison):
+    """The folder that holds the compared runs, for output: ``results`` of results/mse/1234."""
+    return Path(comparison.runs[0].folder).resolve().parent.parent

@@ -1,0 +1,228 @@
+"""Utterances to listen to: audio, spectrograms, what the recogniser heard, an alignment."""
+
+import io
+from dataclasses import dataclass, field
+
+import numpy as np
+import soundfile
+from scipy import signal
+
+from pi_finetune.errors import UserError
+
+#: Above this many bytes of lossless audio the report's players get Opus instead.
+FLAC_BUDGET = 2_200_000
+#: Frames of an example's alignment: 20 ms, as of the usual teachers.
+ALIGNMENT_HOP = 0.02
+
+
+@dataclass
+class Version:
+    """One example as one system has it; ``words`` are pairs (kind, text) as of :func:`align`."""
+
+    system: str
+    seed: int | None
+    wav: np.ndarray
+    words: list | None = None
+    scores: dict = field(default_factory=dict)
+
+
+@dataclass
+class Example:
+    """One utterance of which audio was kept."""
+
+    id: str
+    sample_rate: int
+    info: dict
+    reference: str | None
+    versions: list[Version]
+
+    def wav(self, system):
+        """Waveform [T] of a system's version; None if there is none."""
+        return next((v.wav for v in self.versions if v.system == system), None)
+
+
+def load_examples(comparison, recognizer=None, chosen=None, limit=3):
+    """Read the utterances whose audio the evaluation kept.
+
+    Arguments
+    ---------
+    comparison : pi_finetune.report.comparison.Comparison
+    recognizer : str, optional
+        Whose texts are shown.
+    chosen : list of str, optional
+        Utterance ids. Default: the first of those that most systems have.
+    limit : int
+        How many, where none are chosen. Default: 3.
+
+    Returns
+    -------
+    list of Example
+        Versions in the order noisy, clean, then systems, each by its first seed with audio.
+
+    Raises
+    ------
+    UserError
+        A chosen utterance has no audio, or an audio file cannot be read.
+    """
+    files = {}  # id -> {(system, kind): (run, path)}
+    for run in comparison.runs:
+        folder = run.folder / "scores" / comparison.test_set / "audio"
+        for path in sorted(folder.glob("*.*.*")) if folder.is_dir() else ():
+            utterance, kind, _ = path.name.rsplit(".", 2)
+            if utterance in run.scores and kind in ("noisy", "clean", "enhanced"):
+                name = run.strategy if kind == "enhanced" else kind
+                files.setdefault(utterance, {}).setdefault(name, (run, path))
+    if chosen:
+        for utterance in chosen:
+            if utterance not in files:
+                there = ", ".join(sorted(files)) or "none"
+                raise UserError(
+                    f"--utterances {utterance}: no audio was kept. There is {there}; "
+                    "audio_examples of recipes/evaluate.py sets how many are kept."
+                )
+    else:
+        order = [id_ for id_ in comparison.ids if id_ in files]
+        chosen = sorted(order, key=lambda id_: -len(files[id_]))[:limit]
+        chosen = [id_ for id_ in order if id_ in chosen]
+    systems = list(dict.fromkeys(["noisy", "clean", *comparison.systems]))
+    return [_load(id_, files[id_], systems, recognizer) for id_ in chosen]
+
+
+def _load(utterance, files, systems, recognizer):
+    versions, rate, info, reference = [], None, {}, None
+    for system in systems:
+        if system not in files:
+            continue
+        run, path = files[system]
+        try:
+            wav, found = soundfile.read(path, dtype="float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            raise UserError(
+                f"{path}: unreadable audio ({error}). Evaluate this run anew."
+            ) from None
+        rate = rate or found
+        if found != rate:
+            raise UserError(f"{path}: {found} Hz, but the others are at {rate}. Evaluate anew.")
+        line = run.scores[utterance]
+        info = {key: line.get(key) for key in ("snr", "noise_class", "duration")}
+        version = Version(system, run.seed, wav[:, 0])
+        if system != "clean" or run.strategy == "clean":
+            version.scores = line
+            entry = (line.get("asr") or {}).get(recognizer)
+            if entry:
+                reference = entry["reference"]
+                version.words = align(entry["reference"], entry["hypothesis"])
+        else:  # the clean signal lies beside the noisy system's scores, which are not its own
+            version.seed = None
+        versions.append(version)
+    return Example(utterance, rate, info, reference, versions)
+
+
+def align(reference, hypothesis):
+    """Word alignment of two texts, normalised as they were when errors were counted.
+
+    Arguments
+    ---------
+    reference, hypothesis : str
+        Raw texts.
+
+    Returns
+    -------
+    list of (str, str, str)
+        In order: (kind, reference words, hypothesis words); kind is ``equal``, ``substitute``,
+        ``delete`` or ``insert``.
+    """
+    import jiwer
+
+    from pi_finetune.metrics import normalise_text
+
+    words, heard = normalise_text(reference).split(), normalise_text(hypothesis).split()
+    if not words:  # jiwer refuses an empty reference
+        return [("insert", "", " ".join(heard))] if heard else []
+    chunks = jiwer.process_words(" ".join(words), " ".join(heard)).alignments[0]
+    return [
+        (
+            chunk.type,
+            " ".join(words[chunk.ref_start_idx : chunk.ref_end_idx]),
+            " ".join(heard[chunk.hyp_start_idx : chunk.hyp_end_idx]),
+        )
+        for chunk in chunks
+    ]
+
+
+def encode_all(examples):
+    """Encode the audio of examples, lossless if it is little enough.
+
+    FLAC plays everywhere and hides no artefact; above ``FLAC_BUDGET`` it is Opus in Ogg.
+
+    Arguments
+    ---------
+    examples : list of Example
+
+    Returns
+    -------
+    (dict, str)
+        {(example id, system): bytes}, and the MIME type.
+    """
+    parts = [(e.id, v.system, v.wav, e.sample_rate) for e in examples for v in e.versions]
+    encoded = {(id_, name): _encode(wav, rate, "FLAC", "PCM_16") for id_, name, wav, rate in parts}
+    total = sum(map(len, encoded.values()))
+    if total <= FLAC_BUDGET or "OPUS" not in soundfile.available_subtypes("OGG"):
+        return encoded, "audio/flac"
+    encoded = {(id_, name): _encode(wav, rate, "OGG", "OPUS") for id_, name, wav, rate in parts}
+    return encoded, "audio/ogg"
+
+
+def _encode(wav, sample_rate, container, subtype):
+    out = io.BytesIO()
+    soundfile.write(out, np.clip(wav, -1, 1), sample_rate, format=container, subtype=subtype)
+    return out.getvalue()
+
+
+def expected_alignment(enhanced, clean, sample_rate, speed=0.9, gamma=0.1):
+    """Expected soft-DTW alignment of enhanced speech with clean speech at another speed.
+
+    The features are log-mel instead of a teacher's, mean-free and L2-normalised: enough to show
+    what the loss does, with no model at hand.
+
+    Arguments
+    ---------
+    enhanced, clean : np.ndarray
+        [T] each.
+    sample_rate : int
+        Hz.
+    speed : float
+        Factor by which the clean side is sped up, by resampling. Default: 0.9.
+    gamma : float
+        Softness. Default: 0.1.
+
+    Returns
+    -------
+    (np.ndarray, np.ndarray, np.ndarray)
+        Alignment [N, M], features of both sides [N, 40] and [M, 40]; frames of 20 ms.
+    """
+    import torch
+
+    from pi_finetune.soft_dtw import alignment
+
+    changed = signal.resample_poly(clean, 100, round(100 * speed))
+    features = [_log_mel(wav, sample_rate) for wav in (enhanced, changed)]
+    unit = []
+    for x in features:
+        x = x - x.mean(0)
+        unit.append(
+            torch.from_numpy(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6))
+        )
+    found = alignment(unit[0][None], unit[1][None], gamma=gamma)[0]
+    return found.numpy(), *features
+
+
+def _log_mel(wav, sample_rate, bands=40):
+    import torch
+    from torchaudio.transforms import MelSpectrogram
+
+    hop = round(ALIGNMENT_HOP * sample_rate)
+    mel = MelSpectrogram(sample_rate, n_fft=512, hop_length=hop, n_mels=bands)
+    power = mel(torch.as_tensor(np.asarray(wav), dtype=torch.float32))
+    level = 10 * torch.log10(power + 1e-10)
+    return level.clamp(min=level.max() - 60).T.numpy()

@@ -1,0 +1,505 @@
+"""A comparison as one HTML file that needs nothing else: no network, no server, no neighbours."""
+
+import base64
+import importlib.metadata
+import math
+import platform
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup, escape
+
+from pi_finetune.report import examples as audio
+from pi_finetune.report import plots, tables
+from pi_finetune.report.comparison import DEV_METRICS
+from pi_finetune.report.runs import UNTRAINED, read_json_lines
+
+_PACKAGES = "pi_finetune torch speechbrain transformers jiwer pesq pystoi scipy numpy".split()
+#: Rows of a diagnostic's table; more are cut off, and said so.
+_MAX_ROWS = 200
+#: Distinct values up to which utterances are grouped by value and not by thirds.
+_MAX_GROUPS = 8
+
+
+def write_report(
+    path,
+    comparison,
+    command="",
+    utterances=None,
+    extra_sections=(),
+    position_folder=None,
+):
+    """Write the HTML report.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+    comparison : pi_finetune.report.comparison.Comparison
+    command : str
+        The command line that made it, to be shown.
+    utterances : list of str, optional
+        Examples to show. Default: three of those whose audio was kept.
+    extra_sections : list of (str, str)
+        Further sections: title and HTML, trusted as it is.
+    position_folder : str or Path, optional
+        Whose ``*.jsonl``, ``*.svg`` and ``*.png`` make the section on position diagnostics.
+
+    Returns
+    -------
+    Path
+    """
+    sections = list(extra_sections)
+    if position_folder is not None and Path(position_folder).is_dir():
+        body = position_section(position_folder)
+        if body:
+            sections.insert(0, ("Position diagnostics", body))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pi_finetune.report", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    shown = audio.load_examples(comparison, comparison.metrics[0].recognizer, utterances)
+    page = environment.get_template("report.html.j2").render(
+        c=comparison,
+        hours=_duration(comparison),
+        seeds=sorted({run.seed for run in comparison.runs if run.strategy not in UNTRAINED}),
+        palette=_palette(comparison),
+        findings=findings(comparison),
+        forest=_forest(comparison),
+        summary=tables.summary_table(comparison, html_table),
+        differences=comparison.baseline and tables.difference_table(comparison, html_table),
+        runs=tables.run_table(comparison, html_table),
+        explanation=tables.explanation(comparison),
+        breakdowns=breakdowns(comparison),
+        curves=_curve_charts(comparison),
+        curve_names={name for curves in comparison.curves.values() for name, _ in curves},
+        convergence=comparison.convergence and tables.convergence_table(comparison, html_table),
+        examples=_example_cards(shown),
+        alignment=_alignment(shown, comparison),
+        sections=[(title, Markup(body)) for title, body in sections],
+        settings=_settings(comparison),
+        command=command,
+        versions=_versions(),
+        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
+    )
+    tables.write_text(path, page)
+    return Path(path)
+
+
+def html_table(header, body):
+    """Rows of cells, as :mod:`~pi_finetune.report.tables` makes them, as an HTML table."""
+    parts = [Markup("<table><thead><tr>")]
+    parts += [Markup('<th scope="col">{}</th>').format(text) for text in header]
+    parts.append(Markup("</tr></thead><tbody>"))
+    for first, *rest in body:
+        parts.append(Markup('<tr><th scope="row">{}</th>').format(first))
+        parts += [_html_cell(cell) for cell in rest]
+        parts.append(Markup("</tr>"))
+    parts.append(Markup("</tbody></table>"))
+    return Markup("").join(parts)
+
+
+def _html_cell(cell):
+    text, best = cell if isinstance(cell, tuple) else (cell, False)
+    value, interval, marker = re.fullmatch(r"(.*?)(?: (\[.*\]))?([*†]?)", text).groups()
+    value = Markup("<strong>{}</strong>").format(value) if best else escape(value)
+    if marker:
+        meaning = "significantly better" if marker == "*" else "significantly worse"
+        value += Markup('<sup title="{}">{}</sup>').format(meaning, marker)
+    if interval:
+        value += Markup('<span class="ci">{}</span>').format(interval)
+    return Markup("<td>{}</td>").format(value)
+
+
+def _palette(comparison):
+    """{system: place in the palette}, the same in every figure."""
+    names = dict.fromkeys(name for name, _ in comparison.expected)
+    return {name: i % plots.SERIES for i, name in enumerate(names)}
+
+
+def _duration(comparison):
+    seconds = [line.get("duration") or 0 for line in next(iter(comparison.records.values()))]
+    return sum(seconds) / 3600
+
+
+def findings(comparison):
+    """What the numbers say of each trained strategy, in sentences.
+
+    Returns
+    -------
+    list of (str, str, str)
+        Strategy, verdict (``better``, ``worse`` or ``undecided``) and sentence.
+    """
+    result = []
+    for strategy, found in comparison.summary["wer"].items():
+        if found.p_holm is None:
+            continue
+        d = found.difference
+        verdict = {"*": "better", "†": "worse"}.get(found.marker, "undecided")
+        text = (
+            f"WER {tables.signed(d.estimate, 2)} points{tables.interval_text(d, 2)} against "
+            f"{comparison.baseline}; better in {_percent(d.p_improvement)} of replicates, "
+            f"p = {tables.p_text(found.p_holm)} after Holm's correction."
+        ).replace("p = <", "p <")
+        result.append((strategy, verdict, text + _speed(comparison, strategy)))
+    return result
+
+
+def _percent(value):
+    if not math.isfinite(value):
+        return tables.MISSING
+    if 0.001 <= value <= 0.999:
+        return f"{100 * value:.1f} %"
+    return "more than 99.9 %" if value > 0.5 else "less than 0.1 %"
+
+
+def _speed(comparison, strategy):
+    found = comparison.convergence.get(strategy)
+    base = comparison.convergence.get(comparison.baseline)
+    if found is None or base is None or base.updates_mean is None:
+        return ""
+    name, needed = comparison.dev_metric.label, base.updates_mean.estimate
+    if found.updates_mean is None:
+        reached = sum(map(math.isfinite, found.updates))
+        return (
+            f" {reached} of {len(found.seeds)} seeds reached {comparison.baseline}'s best {name} "
+            f"within {found.budget:.0f} updates."
+        )
+    return (
+        f" It reached {comparison.baseline}'s best {name} after {found.updates_mean.estimate:.0f} "
+        f"updates ({comparison.baseline}: {needed:.0f})."
+    )
+
+
+def _forest(comparison):
+    """Charts of the differences in the main metrics, trained strategies only."""
+    palette, charts = _palette(comparison), []
+    for metric in comparison.metrics[:5]:
+        rows = [
+            (strategy, found.difference, palette[strategy])
+            for strategy, found in comparison.summary[metric.name].items()
+            if found.p_holm is not None
+        ]
+        if rows:
+            better = "right" if metric.higher_is_better else "left"
+            label = f"{metric.label}: difference from {comparison.baseline} ({better} is better)"
+            charts.append(Markup(plots.interval_chart(rows, label, label)))
+    return charts
+
+
+# Breakdown
+
+
+@dataclass
+class Breakdown:
+    """Scores by group of utterances: tables of the main metrics, the first with intervals."""
+
+    title: str
+    tables: list[tuple[str, Markup]]
+    chart: Markup | None = None
+
+
+def breakdowns(comparison):
+    """By SNR, noise class and duration, where the scores say these and they vary.
+
+    Returns
+    -------
+    list of Breakdown
+    """
+    lines = next(iter(comparison.records.values()))
+    result = []
+    for key, title, unit in (
+        ("snr", "SNR", " dB"),
+        ("noise_class", "Noise class", ""),
+        ("duration", "Duration", " s"),
+    ):
+        groups = group_utterances({line["id"]: line.get(key) for line in lines}, unit)
+        if len(groups) < 2:
+            continue
+        found = Breakdown(title, [])
+        for metric in comparison.metrics[:5]:
+            if comparison.scores[metric.name].values:
+                table = _breakdown_table(comparison, metric, groups)
+                found.tables.append((metric.label, table))
+        if key == "snr" and all(label.endswith(unit) for label, _ in groups):
+            found.chart = _snr_chart(comparison, groups, [float(g[0].split()[0]) for g in groups])
+        result.append(found)
+    return result
+
+
+def group_utterances(values, unit=""):
+    """Group utterances by a value: one group per value, or thirds where there are many numbers.
+
+    Arguments
+    ---------
+    values : dict
+        {utterance id: number, str or None}.
+    unit : str
+        Written behind numbers.
+
+    Returns
+    -------
+    list of (str, list of str)
+        Label and ids, in ascending order; utterances without a value are last, as "none".
+    """
+    known = {id_: value for id_, value in values.items() if value is not None}
+    groups = []
+    distinct = sorted(set(known.values()), key=lambda v: (isinstance(v, str), v))
+    numeric = all(isinstance(value, int | float) for value in distinct)
+    if numeric and len(distinct) > _MAX_GROUPS:
+        low, high = (round(q, 1) for q in np.quantile(list(known.values()), [1 / 3, 2 / 3]))
+        parts = [(f"up to {low:g}{unit}", -math.inf, low), (f"over {high:g}{unit}", high, math.inf)]
+        if low < high:
+            parts.insert(1, (f"{low:g} to {high:g}{unit}", low, high))
+        for label, above, to in parts:
+            groups.append((label, [id_ for id_, value in known.items() if above < value <= to]))
+    else:
+        for value in distinct:
+            label = f"{value:g}{unit}" if numeric else str(value)
+            groups.append((label, [id_ for id_, other in known.items() if other == value]))
+    groups.append(("none", [id_ for id_ in values if id_ not in known]))
+    return [(label, ids) for label, ids in groups if ids]
+
+
+def _breakdown_table(comparison, metric, groups):
+    scores = comparison.scores[metric.name]
+    masks = [np.isin(scores.ids, ids) for _, ids in groups]
+    systems = [s for s in comparison.systems if scores.seeds(s)]
+    columns = []
+    for mask in masks:
+        means = [scores.mean(system, only=mask) for system in systems]
+        cells = []
+        for system, (text, best) in zip(systems, tables.best_cells(means, metric)):
+            cells.append((text + _change(comparison, scores, system, mask), best))
+        columns.append(cells)
+    header = [f"{label} ({mask.sum()})" for (label, _), mask in zip(groups, masks)]
+    return html_table(["strategy", *header], [[s, *row] for s, row in zip(systems, zip(*columns))])
+
+
+def _change(comparison, scores, system, mask):
+    """`` [Δ low, high]`` of WER in a group against the baseline; nothing for other metrics."""
+    base = comparison.baseline
+    if scores.metric.name != "wer" or system in (base, *UNTRAINED) or not scores.seeds(base):
+        return ""
+    values, weights = scores.resampling_units(system, mask)
+    if not weights.sum():
+        return ""
+    reference, _ = scores.resampling_units(base, mask)
+    paired = scores.seeds(system) == scores.seeds(base)
+    d = comparison.bootstrap.difference(values, reference, weights, False, paired)
+    interval = tables.interval_text(d, 1).strip(" []")
+    return f" [Δ {tables.signed(d.estimate, 1)}: {interval}]" if interval else ""
+
+
+def _snr_chart(comparison, groups, snrs):
+    scores, palette = comparison.scores["wer"], _palette(comparison)
+    masks = [np.isin(scores.ids, ids) for _, ids in groups]
+    lines = []
+    for system in comparison.systems:
+        means = [scores.mean(system, only=mask) for mask in masks]
+        if None not in means:
+            lines.append(plots.Line(system, snrs, means, palette[system]))
+    if not lines:
+        return None
+    return Markup(plots.line_chart(lines, "SNR (dB)", "WER (%)", "WER against SNR, by system"))
+
+
+# Convergence
+
+
+def _curve_charts(comparison):
+    """[(caption, svg)]: dev scores against updates and seconds, seeds thin and their mean bold."""
+    charts = []
+    ordered = sorted(DEV_METRICS, key=lambda metric: metric != comparison.dev_metric)
+    for metric in ordered:
+        for axis, label in (("updates", "updates"), ("seconds", "training seconds")):
+            lines = _curve_lines(comparison, metric, axis)
+            if lines:
+                title = f"{metric.label} against {label}"
+                svg = plots.line_chart(lines, label, metric.label, title)
+                charts.append((title, Markup(svg)))
+    return charts
+
+
+def _curve_lines(comparison, metric, axis):
+    curves, palette, lines = comparison.curves[metric.name], _palette(comparison), []
+    for strategy in dict.fromkeys(name for name, _ in curves):
+        own = [curve for (name, _), curve in curves.items() if name == strategy]
+        own = [curve for curve in own if np.isfinite(getattr(curve, axis)).all()]
+        if not own:
+            continue
+        # The mean is over validations that every seed has made.
+        shared = sorted(set.intersection(*(set(curve.updates) for curve in own)))
+        picked = [np.isin(curve.updates, shared) for curve in own]
+        x = np.mean([getattr(curve, axis)[p] for curve, p in zip(own, picked)], axis=0)
+        y = np.mean([curve.scores[p] for curve, p in zip(own, picked)], axis=0)
+        if len(own) > 1:
+            for curve in own:
+                at = getattr(curve, axis)
+                lines.append(plots.Line("", at, curve.scores, palette[strategy], thin=True))
+        lines.append(plots.Line(strategy, x, y, palette[strategy]))
+    return lines
+
+
+# Examples
+
+
+def _example_cards(examples):
+    """What the template needs of each example, with audio and images as data URIs."""
+    encoded, kind = audio.encode_all(examples)
+    cards = []
+    for example in examples:
+        loudest = max(plots.spectrogram(v.wav, example.sample_rate).max() for v in example.versions)
+        versions = []
+        for v in example.versions:
+            image = plots.spectrogram_image(v.wav, example.sample_rate, loudest)
+            versions.append(
+                {
+                    "system": v.system,
+                    "seed": v.seed,
+                    "image": _data_uri("image/webp", image),
+                    "audio": _data_uri(kind, encoded[example.id, v.system]),
+                    "words": v.words,
+                    "errors": _errors(v.words),
+                    "scores": [
+                        f"{label} {tables.number(v.scores[key], digits)}"
+                        for key, label, digits in (
+                            ("pesq", "PESQ", 2),
+                            ("stoi", "STOI", 3),
+                            ("si_sdr", "SI-SDR", 1),
+                        )
+                        if v.scores.get(key) is not None
+                    ],
+                }
+            )
+        described = [example.info.get("noise_class")]
+        if example.info.get("snr") is not None:
+            described.append(f"{example.info['snr']:g} dB SNR")
+        described.append(f"{len(example.versions[0].wav) / example.sample_rate:.1f} s")
+        cards.append(
+            {
+                "id": example.id,
+                "about": ", ".join(str(text) for text in described if text),
+                "reference": example.reference,
+                "kilohertz": example.sample_rate / 2000,
+                "versions": versions,
+            }
+        )
+    return cards
+
+
+def _errors(words):
+    if words is None:
+        return None
+    count = 0
+    for kind, reference, hypothesis in words:
+        if kind != "equal":
+            count += max(len(reference.split()), len(hypothesis.split()))
+    return count
+
+
+def _data_uri(kind, content):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _alignment(examples, comparison):
+    """(caption, svg) of the first example with clean speech and a strategy's output, or None."""
+    strategies = [s for s in comparison.systems if s not in UNTRAINED]
+    strategies.sort(key=lambda name: "dtw" not in name)
+    for example in examples:
+        clean = example.wav("clean")
+        system = next((s for s in strategies if example.wav(s) is not None), None)
+        if clean is None or system is None:
+            continue
+        speed = 0.9
+        found, x, y = audio.expected_alignment(
+            example.wav(system), clean, example.sample_rate, speed
+        )
+        caption = (
+            f"{example.id}: expected soft-DTW alignment (gamma 0.1, log-mel features) of the "
+            f"output of {system} with the clean speech played at speed {speed}. The dashed line is "
+            "where a frame-by-frame loss compares; the path is where the content is."
+        )
+        svg = plots.alignment_chart(
+            found, x, y, audio.ALIGNMENT_HOP, f"{system} (s)", f"clean, speed {speed} (s)",
+            f"Expected alignment of {system} and clean speech",
+        )  # fmt: skip
+        return caption, Markup(svg)
+    return None
+
+
+# Position diagnostics and provenance
+
+
+def position_section(folder):
+    """HTML of a folder of diagnostics: its figures, and its JSON lines as tables.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Holds ``*.svg`` or ``*.png`` figures and ``*.jsonl`` files of flat objects.
+
+    Returns
+    -------
+    Markup
+        Empty if the folder holds none of these.
+    """
+    parts, folder = [], Path(folder)
+    for path in sorted([*folder.glob("*.svg"), *folder.glob("*.png")]):
+        kind = "image/svg+xml" if path.suffix == ".svg" else "image/png"
+        figure = '<figure class="paper"><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>'
+        name = path.stem.replace("_", " ")
+        parts.append(Markup(figure).format(_data_uri(kind, path.read_bytes()), name, name))
+    for path in sorted(folder.glob("*.jsonl")):
+        records = read_json_lines(path)
+        if not records:
+            continue
+        columns = list(dict.fromkeys(key for record in records for key in record))
+        body = [[_plain(r.get(key)) for key in columns] for r in records[:_MAX_ROWS]]
+        title = f"{path.name}: {len(records)} lines"
+        if len(records) > _MAX_ROWS:
+            title += f", the first {_MAX_ROWS} of them"
+        block = (
+            '<details><summary>{}</summary><div class="scroll" tabindex="0" role="region" '
+            'aria-label="{}">{}</div></details>'
+        )
+        parts.append(Markup(block).format(title, path.name, html_table(columns, body)))
+    return Markup("\n").join(parts)
+
+
+def _plain(value):
+    if value is None:
+        return tables.MISSING
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _settings(comparison):
+    """[(run, YAML)]: the settings of each trained strategy's first run, home folder left out."""
+    found = {}
+    for run in comparison.runs:
+        path = run.folder / "hyperparams.yaml"
+        if run.strategy not in found and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            text = text.replace(f"{Path.cwd()}/", "").replace(str(Path.home()), "~")
+            found[run.strategy] = (run.name, text)
+    return list(found.values())
+
+
+def _versions():
+    versions = {"Python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name == "pi_finetune":  # run from a checkout
+                from pi_finetune import __version__
+
+                versions[name] = __version__
+    return versions

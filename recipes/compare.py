@@ -1,0 +1,83 @@
+"""Compare runs on one test set: tables with intervals and tests, and an HTML report.
+
+    python recipes/compare.py results/demo
+    python recipes/compare.py results/*/* --set test --baseline mse --html
+
+Writes table.{csv,md,tex} (a row per run), summary.{csv,md,tex} (a row per
+system, over seeds), convergence.{csv,md} and, if asked, report.html.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from pi_finetune.errors import command
+from pi_finetune.report.comparison import common_folder, compare_runs
+from pi_finetune.report.statistics import Bootstrap
+from pi_finetune.report.tables import markdown, run_table, summary_table, write_tables
+
+
+@command
+def main(argv):
+    """Compare, write, print."""
+    args = _parser().parse_args(argv)
+    bootstrap = Bootstrap(args.replicates, args.confidence, args.seed_level, args.random_seed)
+    comparison = compare_runs(
+        args.runs,
+        test_set=args.set,
+        baseline=args.baseline,
+        intersect=args.intersect,
+        recognizer=args.recognizer,
+        dev_metric=args.dev_metric,
+        bootstrap=bootstrap,
+    )
+    folder = args.output_folder or common_folder(comparison)
+    written = write_tables(comparison, folder)
+    if args.html:
+        from pi_finetune.report.html import write_report
+
+        typed = shlex.join(["python", *sys.argv])
+        position = args.position_folder or folder / "position"
+        written.append(
+            write_report(
+                folder / "report.html",
+                comparison,
+                command=typed,
+                utterances=args.utterances,
+                position_folder=position,
+            )
+        )
+    print(run_table(comparison, markdown))
+    print(summary_table(comparison, markdown))
+    for note in comparison.notes:
+        print(f"note: {note}")
+    for path in written:
+        print(path)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="run folders STRATEGY/SEED, or folders above them")
+    add("--output_folder", type=Path, help="default: the folder that holds the strategies")
+    add("--set", help="which scores/SET.jsonl; default: test, or the only one")
+    add("--baseline", default="mse", help="differences are taken from it (%(default)s)")
+    add("--html", action="store_true", help="write report.html too")
+    add("--utterances", nargs="+", metavar="ID", help="examples of the report")
+    add("--position_folder", type=Path, help="diagnostics to show; default: position/ beside it")
+    add("--intersect", action="store_true", help="compare on the utterances all runs share")
+    add("--recognizer", metavar="NAME", help="whose WER is the main one; default: the first")
+    add("--dev_metric", metavar="NAME", help="dev score of convergence: wer, pesq, stoi, si_sdr")
+    add("--replicates", type=int, default=9999, help="bootstrap replicates (%(default)s)")
+    add("--confidence", type=float, default=0.95, help="of the intervals (%(default)s)")
+    add("--seed_level", choices=("student", "resample"), default="student",
+        help="how training seeds enter the intervals (%(default)s)")  # fmt: skip
+    add("--random_seed", type=int, default=0, help="of the bootstrap (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
