@@ -1,0 +1,59 @@
+"""The README names what is there: every YAML, every linked file, every option it prints."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import ruamel.yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md")),
+           *sorted((ROOT / "assets").rglob("README.md"))]  # fmt: skip
+
+
+def test_every_yaml_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    for path in (ROOT / "hparams").glob("*.yaml"):
+        assert f"(hparams/{path.name})" in text, f"{path.name} is not in README.md"
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(readme):
+    for target in re.findall(r"\]\(([^)#]+)\)", readme.read_text()):
+        if not target.startswith("http"):
+            assert (readme.parent / target).exists(), f"{readme}: {target} is not there"
+
+
+def commands(readme):
+    for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", readme.read_text(), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if re.match(r"(OMP_NUM_THREADS=\S+ )?python ", line):
+                yield shlex.split(line, comments=True)
+
+
+def _keys(path):
+    tree = ruamel.yaml.YAML().load(path.read_text())
+    base = tree.pop("extends", None)
+    return set(tree) | (_keys(path.parent / base) if base else set())
+
+
+#: Flags of SpeechBrain itself that the READMEs use.
+RUN_OPTIONS = {"device", "precision", "debug", "test_only", "noprogressbar"}
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_name_recipes_and_keys_that_exist(readme):
+    for words in commands(readme):
+        script = next((word for word in words if word.startswith("recipes/")), None)
+        if script is None:
+            continue
+        assert (ROOT / script).is_file(), f"{readme}: {script}"
+        hparams = [word for word in words if word.startswith("hparams/")]
+        options = {word[2:].split("=")[0] for word in words if word.startswith("--")}
+        if hparams:
+            unknown = options - _keys(ROOT / hparams[0]) - RUN_OPTIONS
+        else:
+            source = (ROOT / script).read_text()
+            unknown = {option for option in options if f'"--{option}"' not in source}
+        assert not unknown, f"{readme}: {' '.join(words)}: no option {unknown}"
