@@ -139,6 +139,11 @@ class RepresentationObjective(torch.nn.Module):
         )
         return self.distance(x, x_lengths, y, y_lengths)
 
+    def check_values(self):
+        """For debugging: raise where a representation given to soft-DTW is not finite."""
+        if isinstance(self.distance, SoftDTWDistance):
+            self.distance.options["check_finite"] = True
+
     def represent(self, wavs, lengths, rngs, perturbation):
         """The teacher's frames of the content of a perturbed batch.
 

@@ -39,6 +39,10 @@ class EnhancementBrain(sb.Brain):
         self.recognizer = next(iter(self.hparams.recognizers), None)
         if self.hparams.select_by == "wer" and self.recognizer is None:
             raise UserError("select_by: wer needs a recogniser; set asr_source or select_by.")
+        if self.debug:
+            for module in self.modules.objective.modules():
+                if hasattr(module, "check_values"):
+                    module.check_values()
         self.progress = Progress()
         self.skipped_in_a_row = 0
         if self.checkpointer is not None:
