@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import voice, write_audio
 from speechbrain.dataio.batch import PaddedBatch
+from synthetic import voice, write_audio
 
 from pi_finetune.data.corpora import prepare_noise, prepare_speech, write_manifest
 from pi_finetune.data.loading import (
