@@ -129,6 +129,15 @@ def write_speechbrain_model(folder, text):
     return modules
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small for threads: waiting for them costs more than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def speechbrain_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speechbrain")
@@ -226,14 +235,14 @@ def test_a_few_steps_lower_the_error(name):
     clean = 0.3 * torch.sin(2 * torch.pi * torch.tensor([[300.0], [700.0]]) * time)
     noisy, lengths = clean + noise(2, 4000), torch.tensor([4000, 3000])
     losses = []
-    for _ in range(20):
+    for _ in range(30):
         loss = (model(noisy, lengths) - clean)[:, :3000].square().mean()
         losses.append(loss.item())
         model.zero_grad()
         loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.sub_(5e-3 * parameter.grad.sign())
+                parameter.sub_(1e-2 * parameter.grad.sign())
     assert losses[-1] < 0.6 * losses[0]
 
 
