@@ -213,7 +213,7 @@ def expected_alignment(enhanced, clean, sample_rate, speed=0.9, gamma=0.1):
         unit.append(
             torch.from_numpy(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6))
         )
-    found = alignment(unit[0][None], unit[1][None], gamma=gamma)[0]
+    found = alignment(unit[0][None], unit[1][None], gamma=gamma, backend="reference")[0]
     return found.numpy(), *features
 
 

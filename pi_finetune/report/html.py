@@ -165,7 +165,7 @@ def _speed(comparison, strategy):
     base = comparison.convergence.get(comparison.baseline)
     if found is None or base is None or base.updates_mean is None:
         return ""
-    name, needed = comparison.dev_metric.label, base.updates_mean.estimate
+    name, needed = comparison.dev_metric.label.split(" (")[0], base.updates_mean.estimate
     if found.updates_mean is None:
         reached = sum(map(math.isfinite, found.updates))
         return (
@@ -425,7 +425,7 @@ def _alignment(examples, comparison):
         caption = (
             f"{example.id}: expected soft-DTW alignment (gamma 0.1, log-mel features) of the "
             f"output of {system} with the clean speech played at speed {speed}. The dashed line is "
-            "where a frame-by-frame loss compares; the path is where the content is."
+            "what a frame-by-frame loss compares, the bright path where the content is."
         )
         svg = plots.alignment_chart(
             found, x, y, audio.ALIGNMENT_HOP, f"{system} (s)", f"clean, speed {speed} (s)",

@@ -115,11 +115,13 @@ def interval_chart(rows, x_label, title):
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(x_label)
 
-    return _svg(draw, title, (6.4, 0.9 + 0.32 * len(rows)))
+    return _svg(draw, title, (4.6, 0.9 + 0.32 * len(rows)))
 
 
 def alignment_chart(alignment, x_features, y_features, hop_seconds, x_label, y_label, title):
     """An expected alignment with the features of both sides along its edges.
+
+    A dashed line marks equal times on both sides.
 
     Arguments
     ---------
@@ -151,7 +153,7 @@ def alignment_chart(alignment, x_features, y_features, hop_seconds, x_label, y_l
         extent = (0, ends[1], 0, ends[0])
         # The square root shows where probability is spread thin.
         main.imshow(np.sqrt(alignment), cmap="magma", extent=extent, vmin=0, vmax=1, **options)
-        main.plot([0, ends[1]], [0, ends[0]], "--", color="#dddddd", linewidth=0.8)
+        main.plot([0, ends.min()], [0, ends.min()], "--", color="#dddddd", linewidth=0.8)
         side.imshow(x_features, cmap="magma", extent=(0, 1, 0, ends[0]), **options)
         below.imshow(y_features.T, cmap="magma", extent=(0, ends[1], 0, 1), **options)
         for axes in (main, side, below):
@@ -162,7 +164,7 @@ def alignment_chart(alignment, x_features, y_features, hop_seconds, x_label, y_l
         side.set_ylabel(x_label)
         below.set_xlabel(y_label)
 
-    return _svg(draw, title, (4.6, 4.6))
+    return _svg(draw, title, (5.4, 5.0))
 
 
 def _placeholder(series):

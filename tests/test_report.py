@@ -1,0 +1,646 @@
+"""Reading runs, tables against hand sums, and the report in a browser."""
+
+import csv
+import json
+import math
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from pi_finetune.errors import UserError
+from pi_finetune.report import examples, html, plots, tables
+from pi_finetune.report.comparison import compare_runs
+from pi_finetune.report.runs import find_runs, load_runs, read_json_lines
+from pi_finetune.report.statistics import Bootstrap, Interval
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+FEW = Bootstrap(replicates=199)
+REFERENCE = "the cat sat on a mat by an old door"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def line(id_, errors=0, hypothesis=None, **fields):
+    """A score line of a ten-word utterance with that many substitutions."""
+    words = ["dog"] * errors + REFERENCE.split()[errors:]
+    counts = {"hits": 10 - errors, "substitutions": errors, "deletions": 0, "insertions": 0}
+    text = " ".join(words) if hypothesis is None else hypothesis
+    return {
+        "id": id_, "snr": 5.0, "noise_class": "hum", "duration": 2.0,
+        "pesq": 2.0, "stoi": 0.8, "estoi": 0.7, "si_sdr": 10.0,
+        "asr": {"ctc": {"hypothesis": text, "reference": REFERENCE, **counts}},
+        **fields,
+    }  # fmt: skip
+
+
+def write_run(root, name, lines=None, valid=None, test_set="test"):
+    """A run folder; ``name`` is STRATEGY/SEED."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if lines is not None:
+        (folder / "scores").mkdir(exist_ok=True)
+        text = "".join(json.dumps(entry) + "\n" for entry in lines)
+        (folder / "scores" / f"{test_set}.jsonl").write_text(text)
+    if valid is not None:
+        (folder / "valid.jsonl").write_text("".join(json.dumps(v) + "\n" for v in valid))
+    return folder
+
+
+def dev_lines(wers, step=100):
+    return [
+        {"update": step * i, "seconds": 2.0 * i, "wer": wer, "si_sdr": 5.0 + i, "pesq": 1.5}
+        for i, wer in enumerate(wers, 1)
+    ]
+
+
+@pytest.fixture
+def results(simulated, tmp_path):
+    """A copy of the simulated runs, to be changed at will."""
+    return shutil.copytree(simulated, tmp_path / "results")
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """Simulated runs: soft_dtw has clearly fewer errors than mse, zero_pad as many."""
+    rng = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("simulated") / "results"
+    difficulty = rng.uniform(0.3, 0.5, 40)
+    about = [
+        {"snr": float(rng.choice([0, 5])), "noise_class": str(rng.choice(["hum", "babble"])),
+         "duration": float(rng.uniform(1, 6))}
+        for _ in range(40)
+    ]  # fmt: skip
+    gains = {"noisy": -0.1, "pretrained": 0, "mse": 0.1, "zero_pad": 0.1, "soft_dtw": 0.25}
+    for strategy, gain in gains.items():
+        for seed in (0,) if gain <= 0 else (1, 2, 3):
+            lines = [
+                line(f"u{i:02}", int(rng.binomial(10, difficulty[i] - gain)), **about[i],
+                     pesq=1.5 + gain + 0.1 * rng.normal())
+                for i in range(40)
+            ]  # fmt: skip
+            valid = None
+            if gain > 0:
+                start = 60 - 100 * gain
+                valid = dev_lines([start, start - 5, start - 9, start - 8.5])
+            folder = write_run(root, f"{strategy}/{seed}", lines, valid)
+            write_audio(folder, strategy, ("u03", "u10"), gain)
+    return root
+
+
+def write_audio(folder, strategy, ids, gain):
+    """Chirps as speech, so that spectrograms and alignments have something in them."""
+    audio = folder / "scores" / "test" / "audio"
+    audio.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    time = np.arange(16000) / 16000
+    for id_ in ids:
+        clean = 0.3 * np.sin(2 * np.pi * (300 + 900 * time) * time) * (np.sin(9 * time) > 0)
+        noisy = clean + 0.1 * (1 - gain) * rng.normal(size=16000)
+        kinds = {"noisy": noisy, "clean": clean} if strategy == "noisy" else {"enhanced": noisy}
+        for kind, wav in kinds.items():
+            soundfile.write(audio / f"{id_}.{kind}.flac", wav, 16000)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Reading
+
+
+def test_half_written_last_line_is_left_out_and_said(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1}\n\n{"id": 2}\n{"id": 3, "pe')
+    notes = []
+    assert read_json_lines(path, notes) == [{"id": 1}, {"id": 2}]
+    assert len(notes) == 1 and "a.jsonl" in notes[0]
+
+
+def test_broken_line_in_the_middle_names_file_and_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1}\n{"id": \n{"id": 3}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2"):
+        read_json_lines(path)
+
+
+def test_runs_are_found_from_folders_parents_and_globs_once(results):
+    (results / "table.csv").write_text("not a run")
+    write_run(results, "asr/7", valid=[{"update": 1, "wer": 30.0}])  # a recogniser's training
+    found = find_runs([results, results / "mse", results / "mse/1", results / "table.csv"])
+    assert len(found) == 11 and results / "mse" / "1" in found
+
+
+def test_no_run_and_missing_folder_are_clear_errors(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        find_runs([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="No run under"):
+        find_runs([tmp_path])
+    write_run(tmp_path, "mse/best", [line("a")])
+    with pytest.raises(UserError, match=r"best.*no seed"):
+        find_runs([tmp_path])
+
+
+def test_two_folders_of_one_run_are_refused(tmp_path):
+    for name in ("a/mse/1", "b/mse/1"):
+        write_run(tmp_path, name, [line("u")])
+    with pytest.raises(UserError, match="both mse/1"):
+        load_runs([tmp_path])
+
+
+def test_the_set_is_chosen_or_named(tmp_path):
+    write_run(tmp_path, "mse/1", [line("u")], test_set="clean")
+    assert load_runs([tmp_path])[1] == "clean"
+    write_run(tmp_path, "mse/1", [line("u")], test_set="street")
+    with pytest.raises(UserError, match="clean, street"):
+        load_runs([tmp_path])
+    assert load_runs([tmp_path], "street")[1] == "street"
+
+
+def test_order_is_noisy_pretrained_then_strategies(results):
+    for name in ("another/1", "si_sdr/1"):
+        shutil.copytree(results / "mse/1", results / name)
+    runs, _ = load_runs([results])
+    order = list(dict.fromkeys(run.strategy for run in runs))
+    assert order == ["noisy", "pretrained", "mse", "zero_pad", "soft_dtw", "another", "si_sdr"]
+
+
+# Comparability
+
+
+def test_differing_utterances_are_refused_or_intersected_with_a_warning(tmp_path):
+    write_run(tmp_path, "mse/1", [line("a", 5), line("b", 1), line("c", 1)])
+    write_run(tmp_path, "soft_dtw/1", [line("b", 2), line("c", 2), line("d", 9)])
+    with pytest.raises(
+        UserError, match=r"mse/1 lacks 1 of 4; soft_dtw/1 lacks 1 of 4.*2 utterances"
+    ):
+        compare_runs([tmp_path], bootstrap=FEW)
+    comparison = compare_runs([tmp_path], intersect=True, bootstrap=FEW)
+    assert comparison.scores["wer"].mean("mse", 1) == pytest.approx(10)
+    assert comparison.scores["wer"].mean("soft_dtw", 1) == pytest.approx(20)
+    assert any("over the 2 they share" in note for note in comparison.notes)
+
+
+def test_half_evaluated_run_is_refused(tmp_path):
+    write_run(tmp_path, "mse/1", [line("a"), line("b")])
+    folder = write_run(tmp_path, "soft_dtw/1", [line("a"), line("b")])
+    path = folder / "scores" / "test.jsonl"
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(UserError, match="soft_dtw/1 lacks 1 of 2"):
+        compare_runs([tmp_path], bootstrap=FEW)
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"snr": 0.0}, "snr is 5"),
+        ({"noise_class": "rain"}, "noise_class"),
+        ({"duration": 3}, "dur"),
+    ],
+)
+def test_different_mixtures_are_refused(tmp_path, other, message):
+    write_run(tmp_path, "mse/1", [line("a")])
+    write_run(tmp_path, "soft_dtw/1", [line("a", **other)])
+    with pytest.raises(UserError, match=message):
+        compare_runs([tmp_path], intersect=True, bootstrap=FEW)
+
+
+def test_different_fingerprints_and_transcripts_are_refused(tmp_path):
+    for name, pairs in (("mse/1", "x"), ("soft_dtw/1", "y")):
+        folder = write_run(tmp_path, name, [line("a")])
+        (folder / "scores" / "test.settings.json").write_text(json.dumps({"pairs": pairs}))
+    with pytest.raises(UserError, match="different mixtures of the same utterances"):
+        compare_runs([tmp_path], bootstrap=FEW)
+    shorter = line("a")
+    shorter["asr"]["ctc"]["hits"] = 4
+    (write_run(tmp_path, "soft_dtw/1", [shorter]) / "scores" / "test.settings.json").unlink()
+    with pytest.raises(UserError, match="10 words in mse/1 and 4 in soft_dtw/1"):
+        compare_runs([tmp_path], bootstrap=FEW)
+
+
+# Numbers
+
+
+def test_table_against_hand_sums(tmp_path):
+    write_run(tmp_path, "noisy/0", [line("a", 6), line("b", 4)])
+    first, second = line("a", 1, pesq=3.0, stoi=0.9), line("b", 2, pesq=2.0, stoi=0.7)
+    second["asr"]["ctc"].update(hits=7, deletions=1, insertions=3)
+    second["asr"]["whisper"] = second["asr"]["ctc"]
+    first["asr"]["whisper"] = {**first["asr"]["ctc"], "insertions": 1}
+    write_run(tmp_path, "mse/7", [first, second])
+    paths = tables.write_tables(compare_runs([tmp_path], bootstrap=FEW), tmp_path / "out")
+    rows = {row["strategy"]: row for row in rows_of(tmp_path / "out" / "table.csv")}
+    assert list(rows["mse"])[:7] == "strategy seed wer pesq stoi estoi si_sdr".split()
+    assert list(rows) == ["noisy", "pretrained", "mse"]
+    assert float(rows["noisy"]["wer"]) == 50
+    mse = rows["mse"]
+    assert float(mse["wer"]) == 100 * (1 + 2 + 1 + 3) / 20
+    assert (float(mse["pesq"]), float(mse["stoi"])) == (2.5, 0.8)
+    assert float(mse["wer_whisper"]) == 100 * (2 + 6) / 20
+    assert [mse[k] for k in ("substitutions", "deletions", "insertions")] == ["3", "1", "3"]
+    assert (mse["utterances"], mse["words"], mse["seed"]) == ("2", "20", "7")
+    assert rows["noisy"]["wer_whisper"] == ""  # not recognised by it: missing, not zero
+    assert set(rows["pretrained"].values()) == {"pretrained", ""}
+    assert {path.name for path in paths} == {
+        f"{name}.{kind}" for name in ("table", "summary") for kind in ("csv", "md", "tex")
+    }
+
+
+def test_another_recogniser_can_be_the_main_one(tmp_path):
+    entry = line("a", 1)
+    entry["asr"]["whisper"] = line("a", 5)["asr"]["ctc"]
+    write_run(tmp_path, "mse/1", [entry])
+    comparison = compare_runs([tmp_path], recognizer="whisper", bootstrap=FEW)
+    assert comparison.scores["wer"].mean("mse") == 50
+    assert comparison.scores["wer_ctc"].mean("mse") == 10
+    with pytest.raises(UserError, match="there is ctc, whisper"):
+        compare_runs([tmp_path], recognizer="kaldi", bootstrap=FEW)
+
+
+def test_a_failed_score_leaves_the_utterance_out_of_every_row_and_is_counted(tmp_path):
+    write_run(tmp_path, "mse/1", [line(i, pesq=p) for i, p in zip("abc", (1.0, 2.0, 4.5))])
+    broken = [line("a", pesq=1.5), line("b", pesq=2.5), line("c", pesq=None)]
+    write_run(tmp_path, "soft_dtw/1", broken)
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    pesq = comparison.scores["pesq"]
+    assert (pesq.mean("mse"), pesq.mean("soft_dtw"), pesq.ids) == (1.5, 2.0, ["a", "b"])
+    rows = {row["strategy"]: row for row in tables.run_rows(comparison)}
+    assert (rows["mse"]["failed_pesq"], rows["soft_dtw"]["failed_pesq"]) == (0, 1)
+    assert any("pesq: 1 of 3" in n and "soft_dtw/1 (1)" in n for n in comparison.notes)
+    assert "failed scores" in tables.run_table(comparison, tables.markdown)
+
+
+def test_a_run_that_mostly_failed_does_not_empty_the_others(tmp_path):
+    write_run(tmp_path, "mse/1", [line(i, pesq=2.0) for i in "abc"])
+    write_run(tmp_path, "soft_dtw/1", [line("a"), line("b", pesq=None), line("c", pesq=math.nan)])
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    assert comparison.scores["pesq"].mean("mse") == 2.0
+    assert comparison.scores["pesq"].mean("soft_dtw") is None
+    assert len(comparison.scores["pesq"].ids) == 3
+    assert any("soft_dtw/1, marked –" in note for note in comparison.notes)
+    assert "| –" in re.sub(" +", " ", tables.run_table(comparison, tables.markdown))
+
+
+def test_utterances_without_transcript_count_in_signal_scores_only(tmp_path):
+    lines = [line("a", 1), line("b", pesq=4.0, asr={})]
+    write_run(tmp_path, "mse/1", lines)
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    (row,) = (row for row in tables.run_rows(comparison) if row["strategy"] == "mse")
+    assert (row["wer"], row["words"], row["pesq"], row["failed_wer"]) == (10, 10, 3.0, 0)
+
+
+def test_missing_seeds_strategies_and_evaluations_are_marked_and_listed(tmp_path):
+    write_run(tmp_path, "noisy/0", [line("a", 5)])
+    for name in ("mse/1", "mse/2", "soft_dtw/1"):
+        write_run(tmp_path, name, [line("a", 2)])
+    write_run(tmp_path, "zero_pad/1", valid=dev_lines([20.0]))
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    rows = [(row["strategy"], row["seed"], row["wer"]) for row in tables.run_rows(comparison)]
+    assert rows == [
+        ("noisy", 0, 50), ("pretrained", None, None), ("mse", 1, 20), ("mse", 2, 20),
+        ("zero_pad", 1, None), ("zero_pad", 2, None), ("soft_dtw", 1, 20), ("soft_dtw", 2, None),
+    ]  # fmt: skip
+    for note in (
+        "no run of pretrained",
+        "soft_dtw: no run with seed 2",
+        "zero_pad/1: not evaluated on this set",
+        "one seed only of soft_dtw, zero_pad",
+    ):
+        assert note in "\n".join(comparison.notes)
+
+
+def test_no_baseline_means_no_differences(tmp_path):
+    write_run(tmp_path, "soft_dtw/1", [line("a"), line("b", 3)])
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    assert comparison.baseline is None
+    assert comparison.summary["wer"]["soft_dtw"].difference is None
+    assert any("no scores of the baseline mse" in note for note in comparison.notes)
+
+
+def test_summary_differences_and_markers(results):
+    comparison = compare_runs([results], bootstrap=Bootstrap(999))
+    summary = comparison.summary["wer"]
+    mean = {s: np.mean([comparison.scores["wer"].mean(s, k) for k in (1, 2, 3)])
+            for s in ("mse", "soft_dtw")}  # fmt: skip
+    found = summary["soft_dtw"]
+    assert found.level.estimate == pytest.approx(mean["soft_dtw"])
+    assert found.difference.estimate == pytest.approx(mean["soft_dtw"] - mean["mse"])
+    assert found.difference.paired_seeds and found.difference.high < 0
+    assert found.marker == "*" and found.p_holm >= found.difference.p_value
+    assert summary["zero_pad"].marker == "" and summary["zero_pad"].p_holm > 0.05
+    assert summary["mse"].difference is None
+    assert summary["pretrained"].p_holm is None  # shown, but not a hypothesis
+    reverse = compare_runs([results], baseline="soft_dtw", bootstrap=Bootstrap(999))
+    assert reverse.summary["wer"]["mse"].marker == "†"
+    against_one = compare_runs([results], baseline="pretrained", bootstrap=FEW)
+    assert not against_one.summary["wer"]["mse"].difference.paired_seeds
+
+
+def test_one_recording_at_several_snrs_is_one_resampling_unit(tmp_path):
+    lines = [line(f"{u}@{snr:g}dB", e, snr=snr) for u, e in zip("ab", (1, 3)) for snr in (-5, 2.5)]
+    write_run(tmp_path, "mse/1", lines)
+    values, weights = compare_runs([tmp_path], bootstrap=FEW).scores["wer"].resampling_units("mse")
+    assert values.tolist() == [[200, 600]] and weights.tolist() == [20, 20]
+
+
+def test_convergence_against_hand_values(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path, f"mse/{seed}", [line("a", 2)], dev_lines([40, 30, 20 + seed, 25]))
+        wers = [30, 21, 15, 15] if seed == 1 else [40, 30, 24, 23]
+        write_run(tmp_path, f"soft_dtw/{seed}", [line("a", 1)], dev_lines(wers))
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    soft = comparison.convergence["soft_dtw"]
+    assert soft.updates == [200, math.inf] and soft.seconds == [4, math.inf]
+    assert soft.updates_mean is None and soft.budget == 400
+    assert comparison.convergence["mse"].updates_mean.estimate == 300
+    areas = [(25.5 + 18 + 15) / 3, (35 + 27 + 23.5) / 3]
+    assert soft.area.estimate == pytest.approx(np.mean(areas))
+    base = [(35 + 25.5 + 23) / 3, (35 + 26 + 23.5) / 3]
+    assert soft.area_difference.estimate == pytest.approx(np.mean(areas) - np.mean(base))
+    text = tables.convergence_table(comparison, tables.markdown)
+    assert "200, > 400" in text.replace("\\", "") and "1 of 2" in text
+    rows = tables.convergence_rows(comparison)
+    assert [r["updates_to_target"] for r in rows] == [300, 300, 200, None]
+
+
+def test_dev_curves_of_different_length_share_their_span(tmp_path):
+    write_run(tmp_path, "mse/1", [line("a")], dev_lines([40, 30, 20]))
+    write_run(tmp_path, "soft_dtw/1", [line("a")], dev_lines([40, 20]))
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    assert comparison.convergence["mse"].area.estimate == pytest.approx(35)
+    assert any("soft_dtw/1 end before 300 updates" in note for note in comparison.notes)
+
+
+def test_dev_metric_falls_back_and_can_be_chosen(tmp_path):
+    no_wer = [{k: v for k, v in entry.items() if k != "wer"} for entry in dev_lines([1, 2])]
+    write_run(tmp_path, "mse/1", [line("a")], no_wer)
+    write_run(tmp_path, "soft_dtw/1", [line("a")], dev_lines([1, 2]))
+    assert compare_runs([tmp_path], bootstrap=FEW).dev_metric.name == "pesq"
+    chosen = compare_runs([tmp_path], dev_metric="si_sdr", bootstrap=FEW)
+    assert chosen.convergence["mse"].updates == [200]
+    with pytest.raises(UserError, match="--dev_metric loss"):
+        compare_runs([tmp_path], dev_metric="loss", bootstrap=FEW)
+
+
+# Formats
+
+
+def test_latex_escapes_and_marks_the_best():
+    text = tables.latex(["a_b", "WER (%) ↓"], [["x&y", ("−1.0 [−2, 0]*", True)], ["z~^\\{", "–"]])
+    assert r"a\_b & WER (\%) $\downarrow$ \\" in text
+    assert r"x\&y & \textbf{$-$1.0 [$-$2, 0]$^{*}$} \\" in text
+    assert r"z\textasciitilde{}\textasciicircum{}\textbackslash{}\{ & -- \\" in text
+    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 1
+
+
+def test_markdown_escapes_and_aligns():
+    text = tables.markdown(["zero_pad", "b"], [["x|y", ("1*", True)], ["_z_", "12"]])
+    rows = text.splitlines()
+    assert len({len(row) for row in rows}) == 1
+    assert rows[0].startswith("| zero_pad |") and r"x\|y" in rows[2] and r"**1\***" in rows[2]
+    assert r"\_z\_" in rows[3]
+
+
+def test_equal_looking_scores_are_all_best(tmp_path):
+    for name, pesq in (("mse/1", 2.00001), ("soft_dtw/1", 2.00002), ("zero_pad/1", 1.9)):
+        write_run(tmp_path, name, [line("a", pesq=pesq)])
+    text = tables.run_table(compare_runs([tmp_path], bootstrap=FEW), tables.latex)
+    assert text.count(r"\textbf{2.000}") == 2
+
+
+def test_numbers_p_values_and_shares_as_text():
+    assert tables.number(-1.25, 1) == "−1.2" and tables.number(None, 2) == "–"
+    assert tables.signed(0.5, 1) == "+0.5"
+    assert tables.interval_text(Interval(1, math.nan, math.nan), 1) == ""
+    assert tables.p_text(0.0002) == "< 0.001" and tables.p_text(math.nan) == "–"
+    assert tables.share(0.9999) == "> 0.999" and tables.share(0.5) == "0.500"
+
+
+# Plots and examples
+
+
+def test_charts_take_their_colours_from_the_page():
+    lines = [plots.Line("a & b", [0, 1], [1, 2], 2), plots.Line("", [0, 1], [2, 1], 2, thin=True)]
+    chart = plots.line_chart(lines, "updates", "WER (%)", 'of "a" <b>')
+    assert "var(--series-2)" in chart and "var(--grid)" in chart and "currentColor" in chart
+    assert not re.search(r"#(000000|0a0b|01020|04050)", chart)
+    assert 'aria-label="of &quot;a&quot; &lt;b>"' in chart and "<metadata" not in chart
+    other = plots.line_chart(lines, "updates", "WER (%)", "")
+    ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (chart, other)]
+    assert ids[0] and not ids[0] & ids[1]
+    assert set(re.findall(r'(?:url\(|href=")#([^")]+)', chart)) <= ids[0]
+
+
+def test_spectrogram_puts_a_tone_at_its_frequency_and_low_ones_below():
+    from io import BytesIO
+
+    from PIL import Image
+
+    tone = np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000)
+    found = plots.spectrogram(tone, 16000)
+    assert found[:, 50].argmax() == 32  # 1 kHz in bins of 31.25 Hz
+    image = plots.spectrogram_image(tone, 16000, found.max(), width=100, height=80)
+    pixels = np.array(Image.open(BytesIO(image)).convert("L"), float)
+    assert pixels.shape == (80, 100)
+    assert pixels[:, 50].argmax() == pytest.approx(70, abs=1)  # 1 of 8 kHz from the bottom
+    assert plots.spectrogram_image(np.zeros(10), 16000, 0.0)  # shorter than a window
+
+
+def test_word_alignment_of_hard_cases():
+    assert examples.align("Twenty five!", "25") == [("equal", "25", "25")]
+    assert examples.align("a cat sat", "a dog sat down") == [
+        ("equal", "a", "a"), ("substitute", "cat", "dog"), ("equal", "sat", "sat"),
+        ("insert", "", "down"),
+    ]  # fmt: skip
+    assert examples.align("cat", "") == [("delete", "cat", "")]
+    assert examples.align("", "cat") == [("insert", "", "cat")]
+    assert examples.align("", "") == []
+
+
+def test_examples_are_the_kept_utterances_with_each_systems_text(results):
+    comparison = compare_runs([results], bootstrap=FEW)
+    found = examples.load_examples(comparison, "ctc")
+    assert [example.id for example in found] == ["u03", "u10"]
+    order = [version.system for version in found[0].versions]
+    assert order == ["noisy", "clean", "pretrained", "mse", "zero_pad", "soft_dtw"]
+    assert found[0].versions[1].words is None  # nobody recognised the clean signal
+    assert found[0].versions[3].seed == 1 and found[0].versions[3].words
+    assert found[0].wav("mse").shape == (16000,) and found[0].wav("clean2") is None
+    (chosen,) = examples.load_examples(comparison, "ctc", ["u10"])
+    assert chosen.id == "u10"
+    with pytest.raises(UserError, match="There is u03, u10"):
+        examples.load_examples(comparison, "ctc", ["u04"])
+    (results / "mse/1/scores/test/audio/u03.enhanced.flac").write_text("broken")
+    with pytest.raises(UserError, match=r"u03\.enhanced\.flac: unreadable"):
+        examples.load_examples(comparison, "ctc")
+
+
+def test_much_audio_is_compressed_and_little_is_lossless(results, monkeypatch):
+    found = examples.load_examples(compare_runs([results], bootstrap=FEW), "ctc")
+    lossless, kind = examples.encode_all(found)
+    assert kind == "audio/flac" and all(data[:4] == b"fLaC" for data in lossless.values())
+    monkeypatch.setattr(examples, "FLAC_BUDGET", 1000)
+    small, kind = examples.encode_all(found)
+    if "OPUS" not in soundfile.available_subtypes("OGG"):
+        pytest.skip("this libsndfile writes no Opus")
+    assert kind == "audio/ogg" and small.keys() == lossless.keys()
+    assert sum(map(len, small.values())) < 0.5 * sum(map(len, lossless.values()))
+
+
+def test_expected_alignment_follows_the_speed_change(results):
+    (example, _) = examples.load_examples(compare_runs([results], bootstrap=FEW), "ctc")
+    clean = example.wav("clean")
+    alignment, x, y = examples.expected_alignment(clean, clean, 16000, speed=0.8)
+    assert alignment.shape == (len(x), len(y)) and y.shape[0] == pytest.approx(1.25 * 51, abs=2)
+    at = alignment @ np.arange(len(y)) / alignment.sum(1)
+    middle = slice(len(x) // 4, 3 * len(x) // 4)
+    slope = np.polyfit(np.arange(len(x))[middle], at[middle], 1)[0]
+    assert slope == pytest.approx(1.25, abs=0.15)
+
+
+# The page
+
+
+def test_groups_by_value_or_thirds():
+    by_value = html.group_utterances({"a": 5.0, "b": -5.0, "c": None, "d": 5.0}, " dB")
+    assert by_value == [("-5 dB", ["b"]), ("5 dB", ["a", "d"]), ("none", ["c"])]
+    thirds = html.group_utterances({str(i): i / 10 for i in range(1, 31)}, " s")
+    assert [label for label, _ in thirds] == ["up to 1.1 s", "1.1 to 2 s", "over 2 s"]
+    assert sorted(id_ for _, ids in thirds for id_ in ids) == sorted(map(str, range(1, 31)))
+
+
+def test_breakdown_against_hand_sums(tmp_path):
+    lines = [line("a", 1, snr=0.0), line("b", 4, snr=0.0), line("c", 8, snr=10.0)]
+    write_run(tmp_path, "mse/1", lines)
+    (found,) = html.breakdowns(compare_runs([tmp_path], bootstrap=FEW))
+    table = str(found.tables[0][1])
+    assert found.title == "SNR" and "0 dB (2)" in table and "10 dB (1)" in table
+    assert re.findall(r"<td><strong>(.*?)</strong></td>", table) == ["25.00", "80.00"]
+
+
+@pytest.fixture(scope="module")
+def report(simulated, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    results = shutil.copytree(simulated, folder / "results")
+    (results / "mse/1/hyperparams.yaml").write_text("lr: 0.0003 # <b>")
+    position = folder / "position"
+    position.mkdir()
+    (position / "shift.jsonl").write_text('{"layer": 1, "r2": 0.123456}\n{"layer": 2}\n')
+    (position / "shift.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    comparison = compare_runs([results], bootstrap=FEW)
+    return html.write_report(
+        folder / "report.html",
+        comparison,
+        command="python recipes/compare.py <results>",
+        extra_sections=[("More of it", "<p>kept <b>as is</b></p>")],
+        position_folder=position,
+    )
+
+
+def test_report_is_one_small_file_with_every_section(report):
+    page = report.read_text()
+    assert len(page) < 5_000_000
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)  # nothing is loaded from elsewhere
+    assert "url(http" not in page and "@import" not in page
+    for text in ("soft_dtw</b> <span class=\"verdict\">better than mse", "shift.jsonl: 2 lines",
+                 "0.1235", "<p>kept <b>as is</b></p>", "python recipes/compare.py &lt;results&gt;",
+                 "lr: 0.0003 # &lt;b&gt;", "torch 2", "training seeds 1, 2, 3"):  # fmt: skip
+        assert text in page
+    for anchor in re.findall(r'href="(#[^"]+)"', page):
+        if not anchor.startswith("#f"):
+            assert f'id="{anchor[1:]}"' in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_report_escapes_what_recognisers_and_folders_say(tmp_path):
+    for name in ("mse/1", "<i>x/1"):
+        text = "so <script>alert(1)</script>"
+        lines = [line("a", 1, noise_class="<b>"), line("b", 2, noise_class="hum")]
+        lines[0]["asr"]["ctc"]["reference"] = text
+        folder = write_run(tmp_path, name, lines)
+        write_audio(folder, "noisy", ["a"], 0.1)
+    page = html.write_report(tmp_path / "r.html", compare_runs([tmp_path], bootstrap=FEW))
+    page = page.read_text()
+    assert "<script>alert" not in page and "<i>x" not in page
+    assert "&lt;b&gt; (1)" in page and "&lt;script&gt;" in page
+
+
+def test_report_of_the_least_there_can_be(tmp_path):
+    bare = {"id": "a", "pesq": 2.0, "stoi": None, "estoi": None, "si_sdr": None}
+    write_run(tmp_path, "noisy/0", [bare])
+    path = html.write_report(tmp_path / "r.html", compare_runs([tmp_path], bootstrap=FEW))
+    assert "2.000" in path.read_text() and "wer: no score" in path.read_text()
+
+
+CHECK = """<script>addEventListener("load", () => setTimeout(() => {
+  const all = (q) => [...document.querySelectorAll(q)];
+  const first = document.querySelector(".scroll");
+  first.focus();
+  document.body.insertAdjacentHTML("beforeend", `<p id="found">${JSON.stringify({
+    width: innerWidth, overflow: document.documentElement.scrollWidth - innerWidth,
+    images: all("img").map((i) => i.naturalWidth), svgs: all("main svg").length,
+    durations: all("audio").map((a) => a.duration), focused: document.activeElement === first,
+    background: getComputedStyle(document.body).backgroundColor,
+    ink: getComputedStyle(document.querySelector("figure svg text")).fill})}</p>`);
+}, 500))</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize("scheme, width", [("light", 1200), ("dark", 1200), ("light", 500)])
+def test_report_in_chromium(report, scheme, width, tmp_path):
+    page = report.with_name("checked.html")
+    page.write_text(report.read_text().replace("</body>", CHECK + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+             "--virtual-time-budget=8000", "--enable-logging=stderr", f"--window-size={width},900",
+             f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]  # fmt: skip
+    if scheme == "dark":
+        flags.append("--blink-settings=preferredColorScheme=0")
+    run = subprocess.run(
+        [CHROMIUM, *flags, f"file://{page}"], capture_output=True, text=True, timeout=110
+    )
+    assert "CONSOLE" not in run.stderr  # script errors, and loads that the page's policy refused
+    found = json.loads(re.search(r'<p id="found">(.*?)</p>', run.stdout)[1])
+    assert found["overflow"] <= 0  # only tables scroll sideways
+    assert len(found["images"]) == 13 and all(found["images"][:-1])
+    assert found["svgs"] > 4
+    assert len(found["durations"]) == 12
+    assert found["durations"] == pytest.approx([1.0] * 12, abs=0.1)  # decoded, from the file itself
+    assert found["focused"]  # a table that scrolls can be reached with the keyboard
+    shades = [sum(map(int, re.findall(r"\d+", found[k])[:3])) for k in ("background", "ink")]
+    assert (shades[0] > 600 > 200 > shades[1]) == (scheme == "light")
+    assert (shades[1] > 600 > 200 > shades[0]) == (scheme == "dark")
+
+
+# The command
+
+
+def run_compare(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["recipes/compare.py", *map(str, argv)])
+    runpy.run_path(str(RECIPES / "compare.py"), run_name="__main__")
+
+
+def test_command_writes_prints_and_is_reproducible(results, monkeypatch, capsys):
+    run_compare(monkeypatch, *results.glob("*/*"), "--replicates", 99, "--html")
+    out = capsys.readouterr().out
+    assert "| soft_dtw" in out and str(results / "report.html") in out
+    before = {p.name: p.read_text() for p in results.glob("*.*") if p.suffix != ".html"}
+    assert set(before) == {
+        f"{name}.{kind}" for name in ("table", "summary") for kind in ("csv", "md", "tex")
+    } | {"convergence.csv", "convergence.md"}
+    shutil.rmtree(results / "mse" / "1" / "scores" / "test")  # audio is not needed
+    run_compare(monkeypatch, results, "--replicates", 99)
+    assert before == {p.name: p.read_text() for p in results.glob("*.*") if p.suffix != ".html"}
+
+
+def test_command_shows_a_users_mistake_as_its_text(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_compare(monkeypatch, tmp_path / "nowhere")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'}: no such folder")
