@@ -29,9 +29,9 @@ class PretrainingBrain(sb.Brain):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.clock = Clock()
+        self.history = History()
         if self.checkpointer is not None:
-            self.checkpointer.add_recoverable("clock", self.clock)
+            self.checkpointer.add_recoverable("history", self.history)
 
     def compute_forward(self, batch, stage):
         """Logits [B, F, clusters]."""
@@ -95,35 +95,41 @@ class PretrainingBrain(sb.Brain):
             stats[f"{part}_loss"] = float(loss / count.clamp(min=1))
             stats[f"{part}_accuracy"] = float(correct / count.clamp(min=1))
         if stage == sb.Stage.TRAIN:
-            self.clock.seconds += time.monotonic() - self.started
+            self.history.seconds += time.monotonic() - self.started
             self.train_stats = stats
             return
-        if stage == sb.Stage.TEST:
-            self.hparams.train_logger.log_stats({"stage": "best model"}, test_stats=stats)
+        if not sb.utils.distributed.if_main_process():
             return
         meta = {
             "update": epoch * self.hparams.valid_every,
-            "seconds": round(self.clock.seconds),
+            "seconds": round(self.history.seconds),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
         self.hparams.train_logger.log_stats(meta, self.train_stats, stats)
-        with (Path(self.hparams.output_folder) / "valid.jsonl").open("a") as log:
-            log.write(json.dumps({**meta, **stats}) + "\n")
-        self.clock.best = max(self.clock.best, stats["masked_accuracy"])
-        if stats["masked_accuracy"] == self.clock.best:
-            export_teacher(self.modules.hubert, Path(self.hparams.output_folder) / "teacher")
+        folder = Path(self.hparams.output_folder)
+        self.history.validations.append({**meta, **stats})
+        self.history.write(folder / "valid.jsonl")
+        best = max(line["masked_accuracy"] for line in self.history.validations)
+        if stats["masked_accuracy"] == best:
+            export_teacher(self.modules.hubert, folder / "teacher")
         self.checkpointer.save_and_keep_only(
             meta={**meta, **stats}, max_keys=["masked_accuracy"], num_to_keep=1
         )
 
 
 @register_checkpoint_hooks
-class Clock:
-    """Training seconds and best accuracy so far; part of every checkpoint."""
+class History:
+    """Training seconds and validations so far; part of every checkpoint."""
 
     def __init__(self):
         self.seconds = 0.0
-        self.best = 0.0
+        self.validations = []
+
+    def write(self, path):
+        """One validation a line, as JSON."""
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.validations))
+        os.replace(temporary, path)
 
     @mark_as_saver
     def _save(self, path):
