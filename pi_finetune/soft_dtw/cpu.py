@@ -203,8 +203,10 @@ def _forward(
             inside = _load_tile(
                 tile, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi
             )
-            if not inside:  # all of it beyond the band
+            if not inside:  # all of it beyond the band: only what lane 0 finds at its corner passes
                 r[:] = BIG
+                if s > 0 and t0 + STEPS - 1 < m:
+                    r[DIAGONAL] = border[above + t0 + STEPS - 1]
             for t in range(t0, t0 + STEPS):
                 if inside:
                     r[LAST] = border[above + t] if s > 0 and t < m else BIG

@@ -79,7 +79,11 @@ def _log2(x, FAST: tl.constexpr):
     return tl.log2(x)
 
 
-@triton.jit
+# Sizes vary from batch to batch: no variants for those divisible by 16 or equal to 1.
+_SIZES = ["B", "N", "M", "bandwidth"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
     p, left, loss, border, n_ptr, m_ptr, B, N, M, bandwidth,
     SECOND: tl.constexpr, CLAMP: tl.constexpr, SAVE: tl.constexpr, FAST_LOG: tl.constexpr,
@@ -142,7 +146,7 @@ def forward_kernel(
     tl.store(loss + tl.program_id(0), tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
     up, left, e, border, n_ptr, m_ptr, B, N, M, bandwidth,
     SECOND: tl.constexpr, BLOCK: tl.constexpr,
@@ -194,7 +198,7 @@ def backward_kernel(
         tl.debug_barrier()
 
 
-def _options(rows, dtype):
+def _options(rows):
     block = min(MAX_BLOCK, max(32, triton.next_power_of_2(rows)))
     return {"BLOCK": block, "num_warps": max(1, block // 128)}
 
@@ -218,7 +222,7 @@ def _forward(p, left, n, m, B, N, M, kinds, bandwidth, clamp, save):
             forward_kernel[(kinds * B,)](
                 p, left, loss, border, n, m, B, N, M, -1 if bandwidth is None else bandwidth,
                 SECOND=1, CLAMP=clamp, SAVE=save, FAST_LOG=_fast_log(p),
-                **_options(max(N, M) if kinds > 1 else N, p.dtype),
+                **_options(max(N, M) if kinds > 1 else N),
             )  # fmt: skip
     return loss
 
@@ -232,7 +236,7 @@ def _backward(up, left, n, m, B, N, M, kinds, bandwidth):
             backward_kernel[(len(kinds) * B,)](
                 up, left, e, border, n, m, B, N, M, -1 if bandwidth is None else bandwidth,
                 SECOND=kinds[1] if len(kinds) > 1 else 1,
-                **_options(max(N, M) if len(kinds) > 1 else N, up.dtype),
+                **_options(max(N, M) if len(kinds) > 1 else N),
             )  # fmt: skip
     return e
 
