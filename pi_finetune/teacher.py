@@ -267,7 +267,7 @@ class Teacher(nn.Module):
         model = self.encoder
         frames = wavs.shape[1] // self.hop
         with torch.autocast(wavs.device.type, enabled=False):
-            mel = self._mel(wavs, lengths, self.max_length)
+            mel = self._mel(wavs, self.max_length)
         # Frame F - 1 sees mel frames up to 2 F; the convolutions' own padding comes after them.
         x = F.gelu(model.conv1(mel))
         x = F.gelu(model.conv2(x))[..., :frames].transpose(1, 2)
@@ -325,8 +325,8 @@ class _LogMel(nn.Module):
         self.register_buffer("mel", mel, persistent=False)
         self.register_buffer("window", torch.hann_window(self.WINDOW), persistent=False)
 
-    def forward(self, wavs: Tensor, lengths: Tensor, max_length: int) -> Tensor:
-        """[B, T] to [B, mel, N]: N covers the waveform and at least one frame after it."""
+    def forward(self, wavs: Tensor, max_length: int) -> Tensor:
+        """[B, T], zero beyond each item, to [B, mel, N]; N goes at least a frame beyond T."""
         # Zeros follow, as many as a window: torch.stft's reflection at the end mirrors them.
         # At the full 30 s there is no room, and the extractor reflects speech as well.
         wavs = F.pad(wavs, (0, min(self.WINDOW, max_length - wavs.shape[1])))
@@ -334,10 +334,7 @@ class _LogMel(nn.Module):
         spectrum = spectrum[..., : max_length // self.HOP]
         power = spectrum.real.square() + spectrum.imag.square()
         log = (self.mel @ power).clamp(min=1e-10).log10()
-        # Frames that reach into the item; those after it are silent and never the maximum.
-        reached = (lengths + self.WINDOW // 2 + self.HOP - 1).div(self.HOP, rounding_mode="floor")
-        outside = ~_valid(reached, log.shape[-1])[:, None]
-        peak = log.masked_fill(outside, -torch.inf).amax(dim=(1, 2), keepdim=True)
+        peak = log.amax(dim=(1, 2), keepdim=True)  # never in the padding: zeros are the minimum
         return (torch.maximum(log, peak - 8.0) + 4.0) / 4.0
 
 
