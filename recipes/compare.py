@@ -12,7 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from pi_finetune.errors import command
+from pi_finetune.errors import UserError, command
 from pi_finetune.report.comparison import common_folder, compare_runs
 from pi_finetune.report.statistics import Bootstrap
 from pi_finetune.report.tables import markdown, run_table, summary_table, write_tables
@@ -22,6 +22,11 @@ from pi_finetune.report.tables import markdown, run_table, summary_table, write_
 def main(argv):
     """Compare, write, print."""
     args = _parser().parse_args(argv)
+    if args.replicates < 1 or not 0 < args.confidence < 1:
+        raise UserError("--replicates must be at least 1 and --confidence between 0 and 1.")
+    for path in args.position_folders or ():
+        if not path.is_dir():
+            raise UserError(f"--position_folders {path}: no such folder.")
     bootstrap = Bootstrap(args.replicates, args.confidence, args.seed_level, args.random_seed)
     comparison = compare_runs(
         args.runs,
@@ -38,14 +43,14 @@ def main(argv):
         from pi_finetune.report.html import write_report
 
         typed = shlex.join(["python", *sys.argv])
-        position = args.position_folder or folder / "position"
+        position = args.position_folders or [folder / "position"]
         written.append(
             write_report(
                 folder / "report.html",
                 comparison,
                 command=typed,
                 utterances=args.utterances,
-                position_folder=position,
+                position_folders=position,
             )
         )
     print(run_table(comparison, markdown))
@@ -67,7 +72,8 @@ def _parser():
     add("--baseline", default="mse", help="differences are taken from it (%(default)s)")
     add("--html", action="store_true", help="write report.html too")
     add("--utterances", nargs="+", metavar="ID", help="examples of the report")
-    add("--position_folder", type=Path, help="diagnostics to show; default: position/ beside it")
+    add("--position_folders", nargs="+", type=Path, metavar="DIR",
+        help="position diagnostics to show; default: position/ in the output folder")  # fmt: skip
     add("--intersect", action="store_true", help="compare on the utterances all runs share")
     add("--recognizer", metavar="NAME", help="whose WER is the main one; default: the first")
     add("--dev_metric", metavar="NAME", help="dev score of convergence: wer, pesq, stoi, si_sdr")

@@ -531,7 +531,9 @@ def report(simulated, tmp_path_factory):
     (results / "mse/1/hyperparams.yaml").write_text("lr: 0.0003 # <b>")
     position = folder / "position"
     position.mkdir()
-    (position / "shift.jsonl").write_text('{"layer": 1, "r2": 0.123456}\n{"layer": 2}\n')
+    shift = {"layer": 1, "shift": 0.5, "ratio": 0.123456, "low": 0.1, "high": 0.2}
+    text = json.dumps(shift) + "\n" + json.dumps({**shift, "layer": 2}) + "\n"
+    (position / "shift.jsonl").write_text(text)
     (position / "shift.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     comparison = compare_runs([results], bootstrap=FEW)
     return html.write_report(
@@ -539,7 +541,7 @@ def report(simulated, tmp_path_factory):
         comparison,
         command="python recipes/compare.py <results>",
         extra_sections=[("More of it", "<p>kept <b>as is</b></p>")],
-        position_folder=position,
+        position_folders=[position, folder / "none"],
     )
 
 
@@ -548,9 +550,17 @@ def test_report_is_one_small_file_with_every_section(report):
     assert len(page) < 5_000_000
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)  # nothing is loaded from elsewhere
     assert "url(http" not in page and "@import" not in page
-    for text in ("soft_dtw</b> <span class=\"verdict\">better than mse", "shift.jsonl: 2 lines",
-                 "0.1235", "<p>kept <b>as is</b></p>", "python recipes/compare.py &lt;results&gt;",
-                 "lr: 0.0003 # &lt;b&gt;", "torch 2", "training seeds 1, 2, 3"):  # fmt: skip
+    for text in (
+        'soft_dtw</b> <span class="verdict">better than mse',
+        "shift.jsonl: 2 lines",
+        "0.1235",
+        "Position diagnostics: report",
+        "<p>kept <b>as is</b></p>",
+        "python recipes/compare.py &lt;results&gt;",
+        "lr: 0.0003 # &lt;b&gt;",
+        "torch 2",
+        "training seeds 1, 2, 3",
+    ):
         assert text in page
     for anchor in re.findall(r'href="(#[^"]+)"', page):
         if not anchor.startswith("#f"):
@@ -583,39 +593,47 @@ CHECK = """<script>addEventListener("load", () => setTimeout(() => {
   const all = (q) => [...document.querySelectorAll(q)];
   const first = document.querySelector(".scroll");
   first.focus();
-  document.body.insertAdjacentHTML("beforeend", `<p id="found">${JSON.stringify({
+  parent.postMessage(JSON.stringify({
     width: innerWidth, overflow: document.documentElement.scrollWidth - innerWidth,
     images: all("img").map((i) => i.naturalWidth), svgs: all("main svg").length,
     durations: all("audio").map((a) => a.duration), focused: document.activeElement === first,
     background: getComputedStyle(document.body).backgroundColor,
-    ink: getComputedStyle(document.querySelector("figure svg text")).fill})}</p>`);
+    ink: getComputedStyle(document.querySelector("figure svg text")).fill}), "*");
 }, 500))</script>"""
+# A frame, since a headless window is never narrower than 500 pixels.
+FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><script>
+addEventListener("message", (e) => { document.getElementById("found").textContent = e.data });
+</script><p id="found"></p><iframe src="checked.html" width="WIDTH" height="900">"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-@pytest.mark.parametrize("scheme, width", [("light", 1200), ("dark", 1200), ("light", 500)])
+@pytest.mark.parametrize("scheme, width", [("light", 1200), ("dark", 1200), ("light", 390)])
 def test_report_in_chromium(report, scheme, width, tmp_path):
-    page = report.with_name("checked.html")
-    page.write_text(report.read_text().replace("</body>", CHECK + "</body>"))
+    page = report.read_text().replace("</body>", CHECK + "</body>")
+    report.with_name("checked.html").write_text(page)
+    frame = report.with_name("frame.html")
+    frame.write_text(FRAME.replace("WIDTH", str(width)))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             "--virtual-time-budget=8000", "--enable-logging=stderr", f"--window-size={width},900",
+             "--virtual-time-budget=8000", "--enable-logging=stderr", "--window-size=1300,1000",
              f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]  # fmt: skip
     if scheme == "dark":
         flags.append("--blink-settings=preferredColorScheme=0")
     run = subprocess.run(
-        [CHROMIUM, *flags, f"file://{page}"], capture_output=True, text=True, timeout=110
+        [CHROMIUM, *flags, f"file://{frame}"], capture_output=True, text=True, timeout=110
     )
     assert "CONSOLE" not in run.stderr  # script errors, and loads that the page's policy refused
     found = json.loads(re.search(r'<p id="found">(.*?)</p>', run.stdout)[1])
+    assert found["width"] == width
     assert found["overflow"] <= 0  # only tables scroll sideways
     assert len(found["images"]) == 13 and all(found["images"][:-1])
     assert found["svgs"] > 4
-    assert len(found["durations"]) == 12
-    assert found["durations"] == pytest.approx([1.0] * 12, abs=0.1)  # decoded, from the file itself
+    # Decoded, from the file itself.
+    assert found["durations"] == pytest.approx([1.0] * 12, abs=0.1)
     assert found["focused"]  # a table that scrolls can be reached with the keyboard
     shades = [sum(map(int, re.findall(r"\d+", found[k])[:3])) for k in ("background", "ink")]
-    assert (shades[0] > 600 > 200 > shades[1]) == (scheme == "light")
-    assert (shades[1] > 600 > 200 > shades[0]) == (scheme == "dark")
+    dark, light = sorted(shades)
+    assert dark < 200 < 600 < light
+    assert shades == ([light, dark] if scheme == "light" else [dark, light])
 
 
 # The command
@@ -644,3 +662,18 @@ def test_command_shows_a_users_mistake_as_its_text(tmp_path, monkeypatch, capsys
         run_compare(monkeypatch, tmp_path / "nowhere")
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'}: no such folder")
+
+
+def test_command_names_a_position_folder_that_is_not_there(results, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_compare(monkeypatch, results, "--html", "--position_folders", results / "nowhere")
+    assert "nowhere: no such folder" in capsys.readouterr().err
+
+
+def test_findings_from_one_seed_say_that_they_are_about_these_runs(results):
+    for seed in (2, 3):
+        for strategy in ("mse", "zero_pad", "soft_dtw"):
+            shutil.rmtree(results / strategy / str(seed))
+    found = html.findings(compare_runs([results], bootstrap=FEW))
+    assert all("these runs" in sentence for _, _, sentence in found)
+    assert any("one seed only of mse" in n for n in compare_runs([results], bootstrap=FEW).notes)

@@ -16,11 +16,10 @@ from markupsafe import Markup, escape
 from pi_finetune.report import examples as audio
 from pi_finetune.report import plots, tables
 from pi_finetune.report.comparison import DEV_METRICS
-from pi_finetune.report.runs import UNTRAINED, read_json_lines
+from pi_finetune.report.position import position_section
+from pi_finetune.report.runs import UNTRAINED
 
 _PACKAGES = "pi_finetune torch speechbrain transformers jiwer pesq pystoi scipy numpy".split()
-#: Rows of a diagnostic's table; more are cut off, and said so.
-_MAX_ROWS = 200
 #: Distinct values up to which utterances are grouped by value and not by thirds.
 _MAX_GROUPS = 8
 
@@ -31,7 +30,7 @@ def write_report(
     command="",
     utterances=None,
     extra_sections=(),
-    position_folder=None,
+    position_folders=(),
 ):
     """Write the HTML report.
 
@@ -46,18 +45,23 @@ def write_report(
         Examples to show. Default: three of those whose audio was kept.
     extra_sections : list of (str, str)
         Further sections: title and HTML, trusted as it is.
-    position_folder : str or Path, optional
-        Whose ``*.jsonl``, ``*.svg`` and ``*.png`` make the section on position diagnostics.
+    position_folders : list of (str or Path)
+        What recipes/probe_position.py wrote, ``.../position``: a section each. One that holds
+        nothing is passed over.
 
     Returns
     -------
     Path
     """
-    sections = list(extra_sections)
-    if position_folder is not None and Path(position_folder).is_dir():
-        body = position_section(position_folder)
+    sections = []
+    for folder in map(Path, position_folders):
+        title = "Position diagnostics"
+        if len(position_folders) > 1:
+            title += f": {folder.resolve().parent.name}"
+        body = position_section(folder)
         if body:
-            sections.insert(0, ("Position diagnostics", body))
+            sections.append((title, body))
+    sections.extend(extra_sections)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pi_finetune.report", ""),
         autoescape=True,
@@ -148,6 +152,8 @@ def findings(comparison):
             f"{comparison.baseline}; better in {_percent(d.p_improvement)} of replicates, "
             f"p = {tables.p_text(found.p_holm)} after Holm's correction."
         ).replace("p = <", "p <")
+        if 1 in (len(found.seeds), len(comparison.summary["wer"][comparison.baseline].seeds)):
+            text += " With one training seed this is about these runs, not about the strategy."
         result.append((strategy, verdict, text + _speed(comparison, strategy)))
     return result
 
@@ -435,49 +441,7 @@ def _alignment(examples, comparison):
     return None
 
 
-# Position diagnostics and provenance
-
-
-def position_section(folder):
-    """HTML of a folder of diagnostics: its figures, and its JSON lines as tables.
-
-    Arguments
-    ---------
-    folder : str or Path
-        Holds ``*.svg`` or ``*.png`` figures and ``*.jsonl`` files of flat objects.
-
-    Returns
-    -------
-    Markup
-        Empty if the folder holds none of these.
-    """
-    parts, folder = [], Path(folder)
-    for path in sorted([*folder.glob("*.svg"), *folder.glob("*.png")]):
-        kind = "image/svg+xml" if path.suffix == ".svg" else "image/png"
-        figure = '<figure class="paper"><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>'
-        name = path.stem.replace("_", " ")
-        parts.append(Markup(figure).format(_data_uri(kind, path.read_bytes()), name, name))
-    for path in sorted(folder.glob("*.jsonl")):
-        records = read_json_lines(path)
-        if not records:
-            continue
-        columns = list(dict.fromkeys(key for record in records for key in record))
-        body = [[_plain(r.get(key)) for key in columns] for r in records[:_MAX_ROWS]]
-        title = f"{path.name}: {len(records)} lines"
-        if len(records) > _MAX_ROWS:
-            title += f", the first {_MAX_ROWS} of them"
-        block = (
-            '<details><summary>{}</summary><div class="scroll" tabindex="0" role="region" '
-            'aria-label="{}">{}</div></details>'
-        )
-        parts.append(Markup(block).format(title, path.name, html_table(columns, body)))
-    return Markup("\n").join(parts)
-
-
-def _plain(value):
-    if value is None:
-        return tables.MISSING
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+# Provenance
 
 
 def _settings(comparison):
