@@ -14,8 +14,6 @@ import importlib
 import inspect
 import itertools
 import math
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -38,6 +36,7 @@ from torch import nn
 from torchaudio.functional import resample
 
 from pi_finetune.errors import UserError
+from pi_finetune.files import replacing
 
 SAMPLE_RATE = 16000
 CONFIG_FILE = "enhancer.yaml"
@@ -77,9 +76,12 @@ class WaveformEnhancer(nn.Module):
     context : int or None
         How many samples before and after a sample its output can depend on;
         None where that is unbounded. Inference in chunks overlaps that much.
+    grid : int
+        Frames begin at multiples of this many samples; chunks do so too.
     """
 
     context = None
+    grid = 256
 
     def __init__(self, **arguments):
         super().__init__()
@@ -240,7 +242,7 @@ class MaskEnhancer(WaveformEnhancer):
             )
         if max_gain <= 1:
             raise ValueError(f"max_gain must be above 1, got {max_gain}")
-        self.n_fft, self.hop = n_fft, hop
+        self.n_fft, self.hop, self.grid = n_fft, hop, hop
         self.compression, self.level_frames, self.max_gain = compression, level_frames, max_gain
         milliseconds = 1000 / SAMPLE_RATE
         shape = dict(
@@ -419,7 +421,7 @@ class ConvTasNet(WaveformEnhancer):
             raise ValueError(
                 f"kernel must be even and block_kernel odd, got {kernel} and {block_kernel}"
             )
-        self.stride = kernel // 2
+        self.stride = self.grid = kernel // 2
         self.encoder = conv_tasnet.Encoder(kernel, filters)
         self.masknet = conv_tasnet.MaskNet(
             filters, bottleneck, hidden, block_kernel, blocks, repeats, C=1, norm_type=norm
@@ -509,7 +511,7 @@ class UNetEnhancer(WaveformEnhancer):
                 f"need 0 < stride <= kernel and depth >= 1, got stride={stride}, "
                 f"kernel={kernel}, depth={depth}"
             )
-        self.kernel, self.stride = kernel, stride
+        self.kernel, self.stride, self.grid = kernel, stride, stride**depth
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         inputs, outputs = 1, channels
         for level in range(depth):
@@ -720,18 +722,6 @@ class SpeechBrainEnhancer(WaveformEnhancer):
         return self.interface.enhance_batch(wavs, lengths=whole)
 
 
-def _write(path, write):
-    """Call ``write(temporary path)``, then rename that file to ``path``."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
 def save_enhancer(folder, enhancer, config=None):
     """Write ``enhancer.yaml`` and ``enhancer.safetensors`` into a folder.
 
@@ -754,10 +744,11 @@ def save_enhancer(folder, enhancer, config=None):
         for key, value in enhancer.state_dict().items()
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS_FILE, lambda path: save_file(weights, path))
+    with replacing(folder / WEIGHTS_FILE) as path:
+        save_file(weights, path)
     for name, content in {**getattr(enhancer, "extra_files", dict)(), CONFIG_FILE: text}.items():
-        _write(folder / name, lambda path, content=content: Path(path).write_text(content, "utf-8"))
+        with replacing(folder / name) as path:
+            path.write_text(content, encoding="utf-8")
 
 
 def load_enhancer(folder, trust=False):
@@ -818,8 +809,10 @@ def load_weights(enhancer, source):
     ---------
     enhancer : torch.nn.Module
         The model; every key and shape must fit.
-    source : str or Path
-        A folder with ``enhancer.safetensors``, or a ``.safetensors`` file.
+    source : str or Path or None
+        A folder with ``enhancer.safetensors``, or a ``.safetensors`` file. None
+        leaves the enhancer as it is: to train from scratch, or from the weights
+        that ``SpeechBrainEnhancer`` brings.
 
     Returns
     -------
@@ -831,6 +824,8 @@ def load_weights(enhancer, source):
     UserError
         Where the file is missing, broken, or of another architecture.
     """
+    if source is None:
+        return enhancer
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS_FILE

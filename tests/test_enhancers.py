@@ -548,6 +548,12 @@ class TestLoadingErrors:
         with pytest.raises(UserError, match="No weights at"):
             load_enhancer(folder)
 
+    def test_no_source_changes_nothing(self):
+        model = build("mask")
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        assert load_weights(model, None) is model
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
     def test_a_file_can_be_named(self, folder):
         source, target = load_enhancer(folder), build("mask")
         assert load_weights(target, folder / "enhancer.safetensors") is target

@@ -1,0 +1,27 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give a temporary path beside ``path``; rename it to ``path`` if the block succeeds.
+
+    The folder is made if missing. Whatever ends the block early, the temporary
+    file is removed and an older ``path`` stays as it was.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file to write.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,412 @@
+"""Enhancing recordings: formats, chunks, memory, interruption, the command line."""
+
+import os
+import signal
+import tracemalloc
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from pi_finetune import __main__ as cli
+from pi_finetune import inference
+from pi_finetune.enhancers import ConvTasNet, MaskEnhancer, save_enhancer
+from pi_finetune.errors import UserError
+from pi_finetune.inference import Enhancer, output_paths
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small for threads: waiting for them costs more than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def module():
+    """A mask network with a reach of under a second that does something to its input."""
+    torch.manual_seed(0)
+    model = MaskEnhancer(channels=[4, 8], dim=16, dilations=[1, 2], level_frames=20)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def enhancer(module):
+    return Enhancer(module, device="cpu", chunk_seconds=1)
+
+
+class Scale(torch.nn.Module):
+    """Half the input; remembers the longest window, can be told to fail at the nth call."""
+
+    context = 4000
+
+    def __init__(self, fail_at=None, error=KeyboardInterrupt):
+        super().__init__()
+        self.calls, self.longest, self.fail_at, self.error = 0, 0, fail_at, error
+
+    def forward(self, wavs, lengths):
+        self.calls += 1
+        self.longest = max(self.longest, wavs.shape[1])
+        if self.calls == self.fail_at:
+            self.error()
+        return 0.5 * wavs
+
+
+def speechlike(seconds, rate=RATE, channels=None, seed=0):
+    """Noise below 3 kHz of changing level, within [-1, 1]: [T] or [T, C]."""
+    rng = np.random.default_rng(seed)
+    size = (int(seconds * rate), channels or 1)
+    spectrum = np.fft.rfft(rng.standard_normal(size), axis=0)
+    spectrum[np.fft.rfftfreq(size[0], 1 / rate) > 3000] = 0
+    wav = np.fft.irfft(spectrum, size[0], axis=0)
+    wav *= 0.1 + np.abs(np.sin(np.arange(size[0]) / rate * 2))[:, None]
+    wav *= 0.5 / np.abs(wav).max()
+    return wav if channels else wav[:, 0]
+
+
+def relative(x, y):
+    return np.abs(np.asarray(x) - np.asarray(y)).max() / np.abs(np.asarray(y)).max()
+
+
+class TestWaveforms:
+    @pytest.mark.parametrize("seconds", [0.0001, 0.3, 1.0, 2.0, 2.5, 4.5, 6.4999, 11.3])
+    def test_chunks_leave_no_trace(self, module, enhancer, seconds):
+        wav = torch.from_numpy(speechlike(seconds)).float()
+        with torch.inference_mode():
+            whole = module(wav[None])[0]
+        assert whole.abs().max() > 1e-3
+        chunked = enhancer.enhance(wav)
+        assert chunked.shape == wav.shape
+        assert relative(chunked, whole) < 1e-5
+
+    def test_unbounded_model_agrees_in_the_middle_of_chunks(self):
+        torch.manual_seed(0)
+        model = ConvTasNet(filters=16, kernel=16, bottleneck=8, hidden=16, blocks=3, repeats=1)
+        enhancer = Enhancer(model, device="cpu", chunk_seconds=10)
+        assert enhancer.context_seconds == inference.UNBOUNDED_CONTEXT
+        wav = torch.from_numpy(speechlike(21)).float()
+        with torch.inference_mode():
+            whole = model(wav[None])[0]
+        middle = slice(13 * RATE, 18 * RATE)
+        # Not exact: the model normalises by statistics over all that it is given.
+        assert relative(enhancer.enhance(wav)[middle], whole[middle]) < 0.1
+
+    @pytest.mark.parametrize("rate", [8000, 11025, 44100, 44099])
+    def test_other_rates(self, module, enhancer, rate):
+        """As when the whole is resampled, enhanced and resampled back."""
+        wav = speechlike(5.7, rate)
+        low = inference._resample(wav[None], rate, RATE)
+        with torch.inference_mode():
+            whole = module(torch.from_numpy(low).float())[0].numpy()
+        expected = inference._resample(whole[None], RATE, rate)[0, : len(wav)]
+        assert relative(enhancer.enhance(wav, rate), expected) < 1e-3
+
+    def test_rows_by_themselves(self, enhancer):
+        wavs = torch.from_numpy(speechlike(1.7, channels=6).T).float()
+        together = enhancer.enhance(wavs)
+        assert together.shape == wavs.shape
+        for row, wav in zip(together, wavs):
+            assert relative(row, enhancer.enhance(wav)) < 1e-5
+
+    def test_mix(self, enhancer):
+        wav = torch.from_numpy(speechlike(4.3)).float()
+        assert torch.equal(enhancer.enhance(wav, mix=0.0), wav)
+        half = 0.5 * enhancer.enhance(wav) + 0.5 * wav
+        assert torch.allclose(enhancer.enhance(wav, mix=0.5), half, atol=1e-6)
+
+    def test_does_not_change_its_input(self, enhancer):
+        wav = torch.from_numpy(speechlike(4.6)).float()
+        before = wav.clone()
+        enhancer.enhance(wav)
+        assert torch.equal(wav, before)
+
+    def test_nothing_and_silence(self, enhancer):
+        assert enhancer.enhance(torch.zeros(0)).shape == (0,)
+        assert enhancer.enhance(torch.zeros(2, 0)).shape == (2, 0)
+        assert (enhancer.enhance(torch.zeros(40000)) == 0).all()
+
+    @pytest.mark.parametrize(
+        ("wav", "options", "message"),
+        [
+            (torch.zeros(10, dtype=torch.int16), {}, "floating-point"),
+            (torch.zeros(1, 2, 3), {}, "floating-point"),
+            (torch.zeros(10), {"mix": 1.1}, "mix must be"),
+            (torch.zeros(10), {"sample_rate": 0}, "sample_rate"),
+            (torch.tensor([0.0] * RATE + [float("nan")]), {}, "at 1.000 s"),
+        ],
+    )
+    def test_misuse(self, enhancer, wav, options, message):
+        with pytest.raises(ValueError, match=message):
+            enhancer.enhance(wav, **options)
+
+    @pytest.mark.parametrize(("hop", "step"), [(256, 2), (128, 1), (100, 1), (160, 1)])
+    def test_chunks_begin_with_a_frame(self, hop, step):
+        torch.manual_seed(0)
+        module = MaskEnhancer([4], 8, [1], hop=hop, level_frames=10)
+        enhancer = Enhancer(module, device="cpu", chunk_seconds=1)
+        assert enhancer.chunk_seconds == enhancer.context_seconds == step
+        with torch.no_grad():
+            module.mask.conv.weight.mul_(100)
+            wav = torch.from_numpy(speechlike(5)).float()
+            assert relative(enhancer.enhance(wav), module(wav[None])[0]) < 1e-5
+
+    def test_chunk_must_be_whole_seconds(self, module):
+        with pytest.raises(ValueError, match="whole number"):
+            Enhancer(module, chunk_seconds=0.5)
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        ("name", "rate", "channels", "subtype"),
+        [
+            ("a.wav", 44100, 2, "PCM_24"),
+            ("a.wav", 8000, 1, "PCM_16"),
+            ("a.wav", 48000, 6, "FLOAT"),
+            ("a.wav", 8000, 1, "ULAW"),
+            ("a.flac", 16000, 1, "PCM_16"),
+            ("a.aiff", 22050, 2, "PCM_16"),
+            ("a.ogg", 44100, 2, "VORBIS"),
+            ("a.opus", 48000, 1, "OPUS"),
+            ("a.mp3", 16000, 1, "MPEG_LAYER_III"),
+        ],
+    )
+    def test_output_is_of_the_kind_of_the_input(
+        self, enhancer, tmp_path, name, rate, channels, subtype
+    ):
+        source, target = tmp_path / name, tmp_path / "out" / name
+        kind = {"opus": "OGG"}.get(name[2:], name[2:].upper())
+        wav = speechlike(2.8, rate, channels)
+        soundfile.write(source, wav, rate, subtype, format=kind)
+        enhancer.enhance_file(source, target)
+        before, after = soundfile.info(source), soundfile.info(target)
+        for attribute in ("frames", "samplerate", "channels", "subtype", "format"):
+            assert getattr(after, attribute) == getattr(before, attribute), attribute
+        read, _ = soundfile.read(source, dtype="float32", always_2d=True)
+        expected = enhancer.enhance(read.T, rate).T.numpy()
+        written = soundfile.read(target, always_2d=True)[0]
+        lossy = subtype in ("VORBIS", "OPUS", "MPEG_LAYER_III", "ULAW")
+        error = np.sqrt(np.mean((written - expected) ** 2) / np.mean(expected**2))
+        assert error < (0.3 if lossy else 1e-3)
+        assert np.corrcoef(written[:, -1], expected[:, -1])[0, 1] > 0.95
+
+    def test_mix_zero_copies_every_sample(self, enhancer, tmp_path):
+        wav = np.random.default_rng(0).integers(-(2**15), 2**15, 60000).astype(np.int16)
+        soundfile.write(tmp_path / "in.wav", wav, 11025)
+        enhancer.enhance_file(tmp_path / "in.wav", tmp_path / "out.flac", mix=0.0)
+        assert (soundfile.read(tmp_path / "out.flac", dtype="int16")[0] == wav).all()
+
+    def test_subtype_that_the_target_lacks(self, enhancer, tmp_path):
+        soundfile.write(tmp_path / "in.wav", speechlike(0.5), RATE, "FLOAT")
+        enhancer.enhance_file(tmp_path / "in.wav", tmp_path / "out.flac")
+        assert soundfile.info(tmp_path / "out.flac").subtype == "PCM_16"
+
+    def test_ten_minutes_at_constant_memory(self, tmp_path):
+        source, target, model = tmp_path / "long.wav", tmp_path / "out.wav", Scale()
+        wav = np.tile(speechlike(10), 60).astype(np.float32)
+        soundfile.write(source, wav, RATE)
+        progress = []
+        tracemalloc.start()
+        Enhancer(model, device="cpu", chunk_seconds=5).enhance_file(
+            source, target, progress=progress.append
+        )
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 0.1 * wav.nbytes
+        assert model.longest <= 11 * RATE
+        assert sum(progress) == pytest.approx(600)
+        written, _ = soundfile.read(target, dtype="float32")
+        assert np.abs(written - 0.5 * wav).max() < 1e-4
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+    def test_interruption_leaves_no_partial_file(self, tmp_path, error):
+        source, target = tmp_path / "in.wav", tmp_path / "out.wav"
+        soundfile.write(source, speechlike(9), RATE)
+        target.write_bytes(b"an older result")
+
+        def fail():
+            assert list(tmp_path.glob("out.wav.*.part"))  # it was being written
+            raise error
+
+        with pytest.raises(error):
+            Enhancer(Scale(3, fail), device="cpu", chunk_seconds=1).enhance_file(source, target)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["in.wav", "out.wav"]
+        assert target.read_bytes() == b"an older result"
+
+    def test_bad_inputs(self, enhancer, tmp_path):
+        (tmp_path / "text.wav").write_text("no audio")
+        soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
+        soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), RATE, "FLOAT")
+        for name, message in (
+            ("text.wav", "text.wav cannot be read as audio"),
+            ("empty.wav", "empty.wav holds no samples"),
+            ("nan.wav", "nan.wav holds samples that are NaN"),
+            ("absent.wav", "There is no file .*absent.wav"),
+            ("", "cannot be read as audio|There is no file"),
+        ):
+            with pytest.raises(UserError, match=message):
+                enhancer.enhance_file(tmp_path / name, tmp_path / "out.wav")
+        assert not (tmp_path / "out.wav").exists() and not list(tmp_path.glob("*.part"))
+
+    def test_bad_outputs(self, enhancer, tmp_path):
+        source = tmp_path / "in.wav"
+        soundfile.write(source, speechlike(0.5, 44100), 44100)
+        (tmp_path / "file").write_text("not a folder")
+        for name, message in (
+            ("in.wav", "is the input itself"),
+            ("out.xyz", "no suffix of an audio format"),
+            ("out.opus", "Cannot write .*out.opus"),  # Opus has no 44.1 kHz
+            ("file/out.wav", "Cannot write .*out.wav"),
+        ):
+            with pytest.raises(UserError, match=message):
+                enhancer.enhance_file(source, tmp_path / name)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "in.wav"]
+
+
+class TestPaths:
+    @pytest.fixture
+    def tree(self, tmp_path):
+        for name in ("a.wav", "deep/er/b.FLAC", "deep/notes.txt", "deep/c.opus"):
+            path = tmp_path / "in" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return tmp_path
+
+    def test_folder_keeps_its_tree(self, tree):
+        pairs = output_paths([tree / "in"], tree / "out")
+        names = ["a.wav", "deep/c.opus", "deep/er/b.FLAC"]
+        assert pairs == [(tree / "in" / name, tree / "out" / name) for name in names]
+
+    def test_file_to_file_or_into_folder(self, tree):
+        source = tree / "in" / "a.wav"
+        assert output_paths([source], tree / "x.flac") == [(source, tree / "x.flac")]
+        assert output_paths([source], tree / "x") == [(source, tree / "x" / "a.wav")]
+        assert output_paths([source], tree / "in") == [(source, tree / "in" / "a.wav")]
+        several = output_paths([source, tree / "in" / "deep" / "c.opus"], tree / "x")
+        assert [target.name for _, target in several] == ["a.wav", "c.opus"]
+
+    def test_results_inside_the_input_are_no_input(self, tree):
+        (tree / "in" / "enhanced").mkdir()
+        (tree / "in" / "enhanced" / "a.wav").touch()
+        assert len(output_paths([tree / "in"], tree / "in" / "enhanced")) == 3
+
+    def test_errors(self, tree):
+        (tree / "empty").mkdir()
+        (tree / "a.wav").touch()
+        for inputs, message in (
+            ([tree / "empty"], "no audio file in .*empty"),
+            ([tree / "nowhere"], "no file or folder .*nowhere"),
+            ([tree / "in" / "a.wav", tree / "a.wav"], "would both be written to"),
+        ):
+            with pytest.raises(UserError, match=message):
+                output_paths(inputs, tree / "out")
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def run(self, tmp_path, module):
+        save_enhancer(tmp_path / "run", module)
+        return tmp_path / "run"
+
+    def test_tree_with_a_bad_file(self, tmp_path, run, capsys):
+        for name, rate in (("a.wav", 8000), ("b/c.flac", 44100)):
+            (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(tmp_path / "in" / name, speechlike(0.4, rate), rate)
+        (tmp_path / "in" / "bad.wav").write_text("no audio")
+        arguments = ["enhance", f"{tmp_path}/in", "-o", f"{tmp_path}/out", "--model", str(run)]
+        assert cli.main(arguments) == 1
+        captured = capsys.readouterr()
+        assert "error: " in captured.err and "bad.wav cannot be read" in captured.err
+        assert "2 of 3 files enhanced" in captured.out
+        written = [p.relative_to(tmp_path / "out") for p in sorted(tmp_path.glob("out/**/*.*"))]
+        assert [str(path) for path in written] == ["a.wav", "b/c.flac"]
+        first = (tmp_path / "out" / "a.wav").stat().st_mtime_ns
+        assert cli.main([*arguments, "--skip-existing"]) == 1
+        assert "0 of 1 files" in capsys.readouterr().out
+        assert (tmp_path / "out" / "a.wav").stat().st_mtime_ns == first
+
+    def test_mix_and_shipped_model(self, tmp_path, run):
+        soundfile.write(tmp_path / "in.wav", speechlike(0.5), RATE)
+        options = {"shipped": [], "run": ["--model", str(run)], "none": ["--mix", "0"]}
+        outputs = {}
+        for name, extra in options.items():
+            target = tmp_path / f"{name}.wav"
+            assert cli.main(["enhance", f"{tmp_path}/in.wav", "-o", str(target), *extra]) == 0
+            outputs[name] = soundfile.read(target)[0]
+        assert (outputs["none"] == soundfile.read(tmp_path / "in.wav")[0]).all()
+        assert relative(outputs["shipped"], outputs["run"]) > 0.01
+
+    @pytest.mark.parametrize(
+        ("extra", "message"),
+        [
+            (["--model", "nowhere"], "No enhancer.yaml in nowhere"),
+            (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+            (["--device", "abacus"], "--device abacus cannot be used"),
+        ],
+    )
+    def test_errors_are_one_paragraph(self, tmp_path, capsys, extra, message):
+        soundfile.write(tmp_path / "in.wav", speechlike(0.2), RATE)
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(["enhance", f"{tmp_path}/in.wav", "-o", f"{tmp_path}/out.wav", *extra])
+        assert exit_info.value.code == 2
+        text = capsys.readouterr().err
+        assert text.startswith("error: ") and message in text and "Traceback" not in text
+
+    @pytest.mark.parametrize("mix", ["1.5", "-0.1", "half", "nan"])
+    def test_mix_is_checked(self, mix, capsys):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(["enhance", "a.wav", "-o", "b.wav", f"--mix={mix}"])
+        assert exit_info.value.code == 2
+        assert "is no number from 0 to 1" in capsys.readouterr().err
+
+    def test_help_has_examples(self, capsys):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(["enhance", "--help"])
+        assert exit_info.value.code == 0
+        text = capsys.readouterr().out
+        for line in cli.ENHANCE_EXAMPLES.splitlines()[1:]:
+            assert line in text
+            cli.parser().parse_args(line.split()[3:])
+
+    def test_kill_leaves_no_partial_file(self, tmp_path, run, monkeypatch):
+        soundfile.write(tmp_path / "in.wav", speechlike(9), RATE)
+        model = Scale(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        loaded = Enhancer(model, device="cpu", chunk_seconds=1)
+        monkeypatch.setattr(Enhancer, "from_run", lambda *_, **__: loaded)
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as exit_info:
+                cli.main(["enhance", f"{tmp_path}/in.wav", "-o", f"{tmp_path}/out.wav"])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert exit_info.value.code == 128 + signal.SIGTERM
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["in.wav", "run"]
+
+    def test_doctor(self, capsys, monkeypatch):
+        assert cli.main(["doctor"]) == 0
+        text = capsys.readouterr().out
+        assert f"torch         {torch.__version__.split('+')[0]}" in text
+        assert "reference     works" in text and "cpu           works" in text
+        assert "MaskEnhancer" in text and "Nothing is missing." in text
+
+        real = cli.importlib.import_module
+
+        def broken(name, *rest):
+            if name in ("pesq", "triton"):
+                raise ImportError(f"No module named '{name}'")
+            return real(name, *rest)
+
+        monkeypatch.setattr(cli.importlib, "import_module", broken)
+        monkeypatch.setattr(inference, "DEFAULT_MODEL", inference.DEFAULT_MODEL / "absent")
+        assert cli.main(["doctor"]) == 1
+        missing = capsys.readouterr().out.split("Missing:")[1]
+        assert "pesq: pip install pesq needs a C compiler" in missing
+        assert "shipped enhancer: The shipped model is not part" in missing
+        assert "triton" not in missing
