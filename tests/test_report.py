@@ -345,7 +345,9 @@ def test_summary_differences_and_markers(results):
 def test_one_recording_at_several_snrs_is_one_resampling_unit(tmp_path):
     lines = [line(f"{u}@{snr:g}dB", e, snr=snr) for u, e in zip("ab", (1, 3)) for snr in (-5, 2.5)]
     write_run(tmp_path, "mse/1", lines)
-    values, weights = compare_runs([tmp_path], bootstrap=FEW).scores["wer"].resampling_units("mse")
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    assert any("only 2 recordings" in note for note in comparison.notes)
+    values, weights = comparison.scores["wer"].resampling_units("mse")
     assert values.tolist() == [[200, 600]] and weights.tolist() == [20, 20]
 
 

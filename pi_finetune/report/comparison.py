@@ -8,7 +8,7 @@ import numpy as np
 
 from pi_finetune.errors import UserError
 from pi_finetune.report.runs import UNTRAINED, Run, common_utterances, load_runs, rank
-from pi_finetune.report.scores import Metric, MetricScores, metric_scores, metrics_of
+from pi_finetune.report.scores import Metric, MetricScores, metric_scores, metrics_of, recording
 from pi_finetune.report.statistics import (
     Bootstrap,
     Difference,
@@ -18,6 +18,9 @@ from pi_finetune.report.statistics import (
     seed_interval,
     updates_to_reach,
 )
+
+#: Under this many, resampling utterances is not to be relied on, and the comparison says so.
+FEW_RECORDINGS = 20
 
 #: Dev scores in which runs may converge, the preferred first.
 DEV_METRICS = (
@@ -155,6 +158,12 @@ def compare_runs(
     ids = common_utterances(scored, intersect, notes)
     metrics = metrics_of(scored, recognizer)
     scores = {m.name: metric_scores(scored, ids, m, notes) for m in metrics}
+    recordings = len({recording(id_) for id_ in ids})
+    if recordings < FEW_RECORDINGS:
+        notes.append(
+            f"only {recordings} recordings: a bootstrap over so few gives intervals that are too "
+            "narrow and p-values that are too small"
+        )
     expected = _expected(runs, baseline, notes)
     if baseline not in {run.strategy for run in scored}:
         notes.append(f"no scores of the baseline {baseline}: no differences, no p-values")

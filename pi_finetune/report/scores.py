@@ -67,6 +67,11 @@ def metrics_of(runs, recognizer=None):
     return [*(wers[:1] or [Metric("wer", "WER (%)", False, 2)]), *SIGNAL_METRICS, *wers[1:]]
 
 
+def recording(utterance):
+    """The recording of an utterance: ids of one recording at several SNRs end in ``@5dB``."""
+    return re.sub(r"@-?[\d.]+dB$", "", utterance)
+
+
 @dataclass
 class MetricScores:
     """One metric of every run that has it, over the same utterances.
@@ -99,11 +104,8 @@ class MetricScores:
         return float(np.mean([self.values[strategy, s][only].sum() for s in seeds]) / weight)
 
     def resampling_units(self, strategy, only=slice(None)):
-        """Numerators [S, U'] and weights [U'] per recording: what a bootstrap may resample.
-
-        The same speech at several SNRs (ids that end in ``@5dB``) is one recording.
-        """
-        names = [re.sub(r"@-?[\d.]+dB$", "", id_) for id_ in np.array(self.ids)[only]]
+        """Numerators [S, U'] and weights [U'] per recording: what a bootstrap may resample."""
+        names = [recording(id_) for id_ in np.array(self.ids)[only]]
         _, unit = np.unique(names, return_inverse=True)
         sums = [
             np.bincount(unit, row) for row in (*self.stacked(strategy, only), self.weights[only])
