@@ -1,0 +1,291 @@
+"""The downstream recogniser: CTC on a frozen encoder's layers, as in SUPERB (Yang et al. 2021)."""
+
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from speechbrain.augment.time_domain import SpeedPerturb
+from speechbrain.nnet.losses import ctc_loss
+from torch.utils.data import Dataset
+
+from pi_finetune import metrics
+from pi_finetune.data.audio import SAMPLE_RATE, read_audio
+from pi_finetune.data.corpora import prepare_noise
+from pi_finetune.data.mixing import NoiseMixer
+from pi_finetune.errors import UserError
+from pi_finetune.recognizers import save_recognizer
+from pi_finetune.seeding import utterance_rng
+
+logger = sb.utils.logger.get_logger(__name__)
+
+
+class Augmentation:
+    """Speed, then noise, drawn for every utterance by itself.
+
+    SpeechBrain's Augmenter draws once per batch; its SpeedPerturb is used here
+    with one speed each.
+
+    Arguments
+    ---------
+    speeds : list of int
+        In percent, equally likely. Default: 100 alone.
+    mixer : pi_finetune.data.mixing.NoiseMixer, optional
+        Adds noise. Default: none.
+    noise_probability : float
+        Share of utterances that get noise.
+    """
+
+    def __init__(self, speeds=(100,), mixer=None, noise_probability=0.5):
+        self.speeds = [SpeedPerturb(SAMPLE_RATE, [speed]) for speed in speeds]
+        self.mixer = mixer
+        self.noise_probability = noise_probability
+
+    def __call__(self, wav, rng):
+        """Augment wav [T] with draws from ``rng``; speed changes T."""
+        wav = self.speeds[rng.integers(len(self.speeds))](wav[None])[0]
+        if self.mixer is not None and rng.random() < self.noise_probability:
+            wav = self.mixer(wav, rng)[0]
+        return wav
+
+
+def load_mixer(noise_folder, part, snrs):
+    """The NoiseMixer of one part (``train``, ``dev``, ``test``); None without a folder or SNRs."""
+    if noise_folder is None or not snrs:
+        return None
+    return NoiseMixer(prepare_noise(noise_folder, part), snrs)
+
+
+class EncodedSpeech(Dataset):
+    """Transcribed utterances as a frozen encoder's hidden states, each computed once and kept.
+
+    Augmentation is drawn in a few ``views`` of each utterance, over which the
+    passes over the data go round: so it, too, is encoded only once.
+    Use it without loader workers, which would each keep states of their own.
+
+    Arguments
+    ---------
+    manifest : dict
+        From :func:`pi_finetune.data.corpora.prepare_speech`. Utterances without a transcript are
+        left out, and so are those to be trained on that are too short for CTC to spell.
+    encoder : pi_finetune.teacher.Teacher
+    tokenizer : pi_finetune.recognizers.CharacterTokenizer
+    augmentation : Augmentation, optional
+        Default: none, and one view.
+    views : int
+        Versions of each utterance.
+    seed : int
+        Seed of the augmentation.
+    cache_gb : float
+        Memory for the states, kept as float16; what does not fit is computed again.
+    spellable : bool
+        Whether utterances too short for their text are left out (set it for training).
+    """
+
+    def __init__(
+        self,
+        manifest,
+        encoder,
+        tokenizer,
+        augmentation=None,
+        views=1,
+        seed=0,
+        cache_gb=1.0,
+        spellable=False,
+    ):
+        self.encoder = encoder
+        self.augmentation = augmentation
+        self.views = views if augmentation is not None else 1
+        self.seed = seed
+        self.room = cache_gb * 1e9
+        self.cache = {}
+        self.items = []
+        for key, entry in manifest.items():
+            try:
+                tokens = tokenizer.encode(entry["text"] or "")
+            except UserError as error:
+                raise UserError(f"{entry['wav']}: {error}") from None
+            if tokens and not (spellable and self._too_short(entry, tokens)):
+                self.items.append((key, entry, tokens))
+        if not self.items:
+            raise UserError(
+                "data_folder: none of the utterances has a transcript that can be trained on or "
+                "scored. LibriSpeech keeps them in SPEAKER-CHAPTER.trans.txt beside the audio."
+            )
+        if len(self.items) < len(manifest):
+            logger.info(f"Left out {len(manifest) - len(self.items)} utterances: no usable text.")
+
+    def _too_short(self, entry, tokens):
+        # CTC needs a frame for each character, and a blank between equal ones.
+        needed = len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
+        fastest = 1.0
+        if self.augmentation is not None:
+            fastest = max(speed.speeds[0] for speed in self.augmentation.speeds) / 100
+        return self.encoder.frames(int(entry["duration"] * SAMPLE_RATE / fastest)) < needed
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, address):
+        """``id``, ``text``, ``tokens`` [N] and ``states`` [F, L + 1, D] (float16).
+
+        The address is an index, or ``(index, data_pass)`` in training.
+        """
+        index, data_pass = address if isinstance(address, tuple) else (address, 0)
+        key, entry, tokens = self.items[index]
+        view = data_pass % self.views
+        states = self.cache.get((index, view))
+        if states is None:
+            states = self._encode(key, entry, view)
+            self.room -= states.nbytes
+            if self.room >= 0:
+                self.cache[index, view] = states
+        return {
+            "id": key,
+            "text": entry["text"],
+            "tokens": torch.tensor(tokens),
+            "states": states,
+        }
+
+    @torch.no_grad()
+    def _encode(self, key, entry, view):
+        wav = read_audio(entry["wav"])
+        if self.augmentation is not None:
+            wav = self.augmentation(wav, utterance_rng(self.seed, view, key, "augmentation"))
+        device = next(self.encoder.encoder.parameters()).device
+        length = torch.tensor([len(wav)], device=device)
+        states, _ = self.encoder.hidden_states(wav[None].to(device), length)
+        return states[:, 0].transpose(0, 1).half().cpu()
+
+
+class RecognitionBrain(sb.Brain):
+    """Trains ``modules.head`` with CTC; the best head by dev WER is exported to the run folder.
+
+    An epoch is ``valid_every`` updates. From YAML it uses: ``output_folder, recognizer_name,
+    encoder, tokenizer, lr_schedule, valid_every, train_loggers``.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # A non-finite gradient must not reach the weights; nonfinite_patience ends such a run.
+        self.skip_nonfinite_grads = True
+
+    def compute_forward(self, batch, stage):
+        """Log-probabilities [B, F, V] and frame lengths [B] from a batch of encoded speech."""
+        batch = batch.to(self.device)
+        states, shares = batch.states
+        frame_lengths = (shares.float() * states.shape[1]).round().long()
+        return self.modules.head(states.permute(2, 0, 1, 3), frame_lengths), frame_lengths
+
+    def compute_objectives(self, predictions, batch, stage):
+        """CTC loss per character; validation also counts word errors."""
+        log_probs, frame_lengths = predictions
+        if stage != sb.Stage.TRAIN:
+            texts = self.hparams.tokenizer.greedy(log_probs, frame_lengths)
+            self.words += [metrics.word_errors(*pair) for pair in zip(batch.text, texts)]
+        shares = frame_lengths / log_probs.shape[1]
+        return ctc_loss(log_probs, batch.tokens.data, shares, batch.tokens.lengths, blank_index=0)
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Set the learning rate from the number of updates made, which a resume knows."""
+        rate = self.hparams.lr_schedule.calculate_lr(self.optimizer_step + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def on_stage_start(self, stage, epoch=None):
+        """Start the clock of a training epoch, or the word errors of a validation."""
+        self.words = []
+        if stage == sb.Stage.TRAIN:
+            self.started = time.monotonic()
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """After training note loss and time; after validation log, checkpoint, export the best."""
+        if stage == sb.Stage.TRAIN:
+            self.train_loss, self.seconds = float(stage_loss), time.monotonic() - self.started
+            return
+        scores = {"loss": float(stage_loss), "wer": metrics.wer(self.words)}
+        update = epoch * self.hparams.valid_every
+        history_file = Path(self.hparams.output_folder) / "valid.jsonl"
+        # A run that was cut off may have logged validations later than its last checkpoint.
+        history = [line for line in _read_lines(history_file) if line["update"] < update]
+        if history:
+            self.seconds += history[-1]["seconds"]
+        record = {
+            "update": update,
+            "seconds": round(self.seconds, 2),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": self.train_loss,
+            **scores,
+        }
+        meta = {k: record[k] for k in ("update", "seconds", "lr")}
+        for train_logger in self.hparams.train_loggers:
+            train_logger.log_stats(meta, {"loss": self.train_loss}, scores)
+        if not sb.utils.distributed.if_main_process():
+            return
+        write_lines(history_file, [*history, record])
+        if all((record["wer"], record["loss"]) < (line["wer"], line["loss"]) for line in history):
+            head = getattr(self.modules.head, "module", self.modules.head)  # DDP wraps it
+            save_recognizer(
+                self.hparams.output_folder,
+                self.hparams.recognizer_name,
+                self.hparams.encoder,
+                head,
+                self.hparams.tokenizer,
+            )
+        self.checkpointer.save_and_keep_only(meta=record, min_keys=["wer"], num_to_keep=1)
+
+
+def transcribe_set(recognizer, manifest, mixer=None, snr=None, seed=0, batch_size=8):
+    """Word errors of a recogniser on a set, clean or with noise at one SNR.
+
+    The mixtures are those of :class:`pi_finetune.data.loading.SpeechPairs` with the same seed.
+
+    Arguments
+    ---------
+    recognizer : callable
+        ``(wavs [B, T], lengths [B]) -> list[str]``.
+    manifest : dict
+        Utterances without a transcript are passed over.
+    mixer : NoiseMixer, optional
+        Default: clean speech.
+    snr : float, optional
+        In dB, with ``mixer``.
+    seed : int
+        Seed of the mixtures.
+    batch_size : int
+
+    Returns
+    -------
+    list of dict
+        ``id, snr, noise_class`` and :func:`pi_finetune.metrics.word_errors` of each.
+    """
+    records, items = [], [(k, v) for k, v in manifest.items() if v["text"] is not None]
+    for start in range(0, len(items), batch_size):
+        batch, wavs = items[start : start + batch_size], []
+        noises = [{"snr": None, "noise_class": None} for _ in batch]
+        for i, (key, entry) in enumerate(batch):
+            wavs.append(read_audio(entry["wav"]))
+            if mixer is not None:
+                rng = utterance_rng(seed, 0, key, "mixture")
+                wavs[i], _, noises[i] = mixer(wavs[i], rng, snr)
+        texts = recognizer(
+            torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True),
+            torch.tensor([len(wav) for wav in wavs]),
+        )
+        for (key, entry), noise, text in zip(batch, noises, texts):
+            records.append({"id": key, **noise, **metrics.word_errors(entry["text"], text)})
+    return records
+
+
+def _read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_lines(path, records):
+    """Write JSON lines, atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(temporary, path)

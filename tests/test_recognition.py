@@ -1,0 +1,539 @@
+"""Recognisers and the training of the CTC head, on generated speech and random models."""
+
+import importlib.util
+import json
+import shutil
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from synthetic import write_audio
+
+from pi_finetune import recognizers
+from pi_finetune.brains.recognition import (
+    Augmentation,
+    EncodedSpeech,
+    RecognitionBrain,
+    transcribe_set,
+)
+from pi_finetune.data.audio import read_audio
+from pi_finetune.data.corpora import prepare_noise, prepare_speech
+from pi_finetune.data.loading import load_pairs
+from pi_finetune.data.mixing import NoiseMixer
+from pi_finetune.errors import UserError
+from pi_finetune.recognizers import (
+    CharacterTokenizer,
+    CTCHead,
+    CTCRecognizer,
+    WhisperRecognizer,
+    load_recognizer,
+    save_recognizer,
+)
+from pi_finetune.teacher import Teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models on two busy cores are faster on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_teacher):
+    return Teacher(str(tiny_teacher))
+
+
+@pytest.fixture(scope="module")
+def ctc_folder(encoder, tmp_path_factory):
+    """A recogniser that says something else for every utterance: random, without a blank's lead."""
+    folder = tmp_path_factory.mktemp("asr")
+    torch.manual_seed(1)
+    tokenizer = CharacterTokenizer()
+    head = CTCHead.for_encoder(encoder, tokenizer, hidden=16, depth=2)
+    with torch.no_grad():
+        head.output.weight *= 20
+    save_recognizer(folder, "tiny", encoder, head, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whisper_folder(tmp_path_factory):
+    """A random English-only Whisper over bytes, in the files of a real one."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizer,
+    )
+
+    folder = tmp_path_factory.mktemp("models") / "whisper-random.en"
+    folder.mkdir()
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+    special += [f"<|{0.02 * i:.2f}|>" for i in range(1501)]
+    vocabulary = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], unk_token=special[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.save_pretrained(folder)
+    ids = tokenizer.convert_tokens_to_ids(special)
+    letters = string.ascii_letters
+    torch.manual_seed(2)
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+            vocab_size=len(tokenizer),
+            num_mel_bins=80,
+            max_target_positions=24,
+            decoder_start_token_id=ids[1],
+            bos_token_id=ids[0],
+            eos_token_id=ids[0],
+            pad_token_id=ids[0],
+            begin_suppress_tokens=None,
+            suppress_tokens=[i for c, i in tokenizer.get_vocab().items() if c not in letters],
+        )
+    )
+    with torch.no_grad():  # what it says is to depend on what it hears
+        model.model.encoder.conv1.weight *= 100
+        attention = model.model.decoder.layers[0].encoder_attn
+        for part in (attention.q_proj, attention.k_proj, attention.out_proj):
+            part.weight *= 1000
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def waves(corpus):
+    manifest = prepare_speech(corpus, ["dev", "test"])
+    items = [read_audio(entry["wav"]) for entry in list(manifest.values())[:4]]
+    lengths = torch.tensor([len(item) for item in items])
+    assert len(set(lengths.tolist())) == 4
+    return torch.nn.utils.rnn.pad_sequence(items, batch_first=True), lengths
+
+
+# The interface, for both kinds.
+
+
+@pytest.fixture(params=["ctc", "whisper"])
+def recognizer(request):
+    return load_recognizer(request.getfixturevalue(f"{request.param}_folder"))
+
+
+def test_a_batch_is_heard_as_its_items_alone(recognizer, waves):
+    wavs, lengths = waves
+    texts = recognizer(wavs, lengths)
+    assert len(set(texts)) > 1 and all(isinstance(text, str) for text in texts)
+    padding = torch.arange(wavs.shape[1]) >= lengths[:, None]
+    assert recognizer(wavs.masked_fill(padding, torch.nan), lengths) == texts
+    assert [recognizer(w[None, :n], n[None])[0] for w, n in zip(wavs, lengths)] == texts
+
+
+def test_unusable_waveforms_are_heard_as_nothing(recognizer, waves):
+    wavs, lengths = waves[0].clone(), waves[1].clone()
+    whole = recognizer(wavs, lengths)
+    wavs[1, 50] = torch.nan
+    lengths[2] = 0
+    texts = recognizer(wavs, lengths)
+    assert texts == [whole[0], "", "", whole[3]]
+    assert recognizer(wavs[1:2], lengths[1:2]) == [""]
+
+
+def test_wrong_arguments_are_named(recognizer, waves):
+    wavs, lengths = waves
+    with pytest.raises(ValueError, match=r"wavs \[B, T\]"):
+        recognizer(wavs[0], lengths[:1])
+    with pytest.raises(ValueError, match="whole samples"):
+        recognizer(wavs, lengths / wavs.shape[1])
+    with pytest.raises(ValueError, match="exceeds"):
+        recognizer(wavs[:, :-1], lengths)
+
+
+def test_names(ctc_folder, whisper_folder):
+    assert load_recognizer(ctc_folder).name == "tiny"
+    assert load_recognizer(str(whisper_folder)).name == "whisper-random.en"
+    assert load_recognizer(None) is None
+
+
+def test_ctc_of_less_than_a_frame_is_nothing(ctc_folder):
+    assert CTCRecognizer(ctc_folder)(0.1 * torch.ones(2, 399), torch.tensor([399, 1])) == ["", ""]
+
+
+def test_whisper_hears_beyond_thirty_seconds(whisper_folder, waves, monkeypatch):
+    recognizer = WhisperRecognizer(str(whisper_folder))
+    wavs = waves[0][:1].repeat(1, 20)[:, : 40 * 16000]
+    assert wavs.shape[1] > 30 * 16000
+    seen = []
+    generate = recognizer.model.generate
+
+    def spy(input_features, **options):
+        seen.append((tuple(input_features.shape), options["return_timestamps"]))
+        return generate(input_features=input_features, **options)
+
+    monkeypatch.setattr(recognizer.model, "generate", spy)
+    both = torch.cat([wavs, wavs])
+    texts = recognizer(both, torch.tensor([wavs.shape[1], 16000]))
+    assert len(texts) == 2
+    frames = wavs.shape[1] // 160
+    assert sorted(seen) == [((1, 80, 3000), False), ((1, 80, frames), True)]
+
+
+def test_multilingual_whisper_is_told_language_and_task(whisper_folder, tmp_path):
+    from transformers import AutoTokenizer, WhisperForConditionalGeneration
+
+    folder = tmp_path / "whisper-random"
+    shutil.copytree(whisper_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|en|>", "<|transcribe|>"]})
+    tokenizer.save_pretrained(folder)
+    model = WhisperForConditionalGeneration.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    config["is_multilingual"] = True
+    del config["_from_model_config"]  # else from_pretrained drops is_multilingual
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    recognizer = WhisperRecognizer(str(folder))
+    assert recognizer.options["language"] == "en" and recognizer.options["task"] == "transcribe"
+    # start, language, task: Whisper's prompt
+    features = torch.zeros(1, 80, 3000)
+    tokens = recognizer.model.generate(features, **recognizer.options, max_new_tokens=1)
+    ids = tokenizer.convert_tokens_to_ids(["<|en|>", "<|transcribe|>"])
+    config = recognizer.model.generation_config
+    assert config.lang_to_id == {"<|en|>": ids[0]} and config.task_to_id == {"transcribe": ids[1]}
+    assert tokens.shape[0] == 1
+    with pytest.raises(UserError, match="lacks xx"):
+        WhisperRecognizer(str(folder), language="xx")
+
+
+# Sources that cannot be loaded.
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: shutil.rmtree(f), "does not exist"),
+        (lambda f: [p.unlink() for p in f.iterdir()], "neither asr.yaml .* nor config.json"),
+        (lambda f: (f / "asr.safetensors").unlink(), "asr.safetensors is missing"),
+        (lambda f: (f / "asr.safetensors").write_bytes(b"abc"), "damaged"),
+        (lambda f: (f / "asr.yaml").write_text("name: x"), "must hold the keys"),
+        (lambda f: (f / "asr.yaml").write_text("a: [1"), "cannot be read"),
+        (lambda f: (f / "asr.yaml").write_text("!new:os.system {}"), "cannot be read"),
+    ],
+    ids=["gone", "empty", "no weights", "damaged", "keys", "no yaml", "tag"],
+)
+def test_broken_ctc_folders(ctc_folder, tmp_path, spoil, message):
+    folder = tmp_path / "asr"
+    shutil.copytree(ctc_folder, folder)
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as error:
+        load_recognizer(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_weights_of_another_shape_are_named(ctc_folder, tmp_path):
+    folder = tmp_path / "asr"
+    shutil.copytree(ctc_folder, folder)
+    weights = load_file(folder / "asr.safetensors")
+    weights["layer_weights"] = torch.zeros(9)
+    save_file(weights, folder / "asr.safetensors")
+    with pytest.raises(UserError, match="layer_weights"):
+        load_recognizer(folder)
+
+
+def test_a_replaced_encoder_is_noticed(ctc_folder, tiny_teacher, tmp_path):
+    encoder, folder = tmp_path / "encoder", tmp_path / "asr"
+    shutil.copytree(tiny_teacher, encoder)
+    shutil.copytree(ctc_folder, folder)
+    config = yaml.safe_load((folder / "asr.yaml").read_text())
+    config["encoder"] = str(encoder)
+    (folder / "asr.yaml").write_text(yaml.safe_dump(config))
+    load_recognizer(folder)
+    weights = load_file(encoder / "model.safetensors")
+    name = max(weights)
+    weights[name] = weights[name] + 0.01
+    save_file(weights, encoder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="no longer holds"):
+        load_recognizer(folder)
+
+
+def test_models_that_write_no_text_are_named(tiny_teacher, whisper_folder, tmp_path):
+    with pytest.raises(UserError, match=r"'hubert' model.*train_asr"):
+        load_recognizer(tiny_teacher)
+    folder = tmp_path / "whisper"
+    shutil.copytree(whisper_folder, folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_recognizer(folder)
+    # Offline (see conftest.py), a hub name that is in no cache:
+    with pytest.raises(UserError, match=r"neither a folder here nor .* hub"):
+        load_recognizer("nobody/no-such-whisper")
+
+
+def test_a_shipped_encoder_is_named_relative_to_the_project(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(recognizers, "PROJECT_ROOT", Path(encoder.source).parent)
+    tokenizer = CharacterTokenizer()
+    save_recognizer(tmp_path, "x", encoder, CTCHead.for_encoder(encoder, tokenizer), tokenizer)
+    config = yaml.safe_load((tmp_path / "asr.yaml").read_text())
+    assert config["encoder"] == Path(encoder.source).name
+    assert load_recognizer(tmp_path).encoder.source == encoder.source
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["asr.safetensors", "asr.yaml"]
+
+
+# Characters and head.
+
+
+def test_tokenizer():
+    tokenizer = CharacterTokenizer()
+    assert len(tokenizer) == 29
+    assert tokenizer.decode(tokenizer.encode(" it's  Half-past,  nine. ")) == "IT'S HALF PAST NINE"
+    assert 0 not in tokenizer.encode("A B")
+    with pytest.raises(UserError, match=r"\['2', 'É'\]"):
+        tokenizer.encode("2 éclairs")
+    with pytest.raises(UserError, match="characters"):
+        CharacterTokenizer("ABCA ")
+    # one character per frame: blank, A, A (one A), blank, A, space, B, then padding
+    best = torch.tensor([[0, 3, 3, 0, 3, 1, 4, 5, 5]])
+    log_probs = torch.nn.functional.one_hot(best, 29).float()
+    assert tokenizer.greedy(log_probs, torch.tensor([7])) == ["AA B"]
+
+
+def test_head_sums_layers_by_weight_and_keeps_items_apart():
+    torch.manual_seed(0)
+    head = CTCHead(3, 8, 5, hidden=6).eval()
+    states = torch.randn(3, 2, 7, 8)
+    lengths = torch.tensor([7, 4])
+    both = head(states, lengths)
+    assert both.shape == (2, 7, 5)
+    torch.testing.assert_close(both.exp().sum(-1), torch.ones(2, 7))
+    states[:, 1, 4:] = 1e6  # padding
+    alone = head(states[:, 1:, :4], lengths[1:])
+    torch.testing.assert_close(head(states, lengths)[1, :4], alone[0])
+    torch.testing.assert_close(both[1, :4], alone[0])
+    with torch.no_grad():
+        head.layer_weights.copy_(torch.tensor([-100.0, 100.0, -100.0]))
+    changed = states.clone()
+    changed[[0, 2]] = torch.randn(2, 2, 7, 8)
+    torch.testing.assert_close(head(states, lengths), head(changed, lengths))
+    # all layers equal: the weights do not matter, whatever the layers' scales
+    same = states[:1] * torch.tensor([1.0, 5.0, 0.1])[:, None, None, None]
+    one = CTCHead(1, 8, 5, hidden=6).eval()
+    one.load_state_dict({**head.state_dict(), "layer_weights": torch.zeros(1)})
+    torch.testing.assert_close(head(same, lengths), one(same[:1], lengths), atol=1e-3, rtol=1e-3)
+
+
+# Data.
+
+
+@pytest.fixture
+def manifest(corpus):
+    return prepare_speech(corpus, ["train"])
+
+
+def test_encoded_speech_is_what_the_encoder_says_and_is_encoded_once(manifest, encoder):
+    data = EncodedSpeech(manifest, encoder, CharacterTokenizer())
+    item = data[3]
+    wav = read_audio(manifest[item["id"]]["wav"])
+    states, frames = encoder.hidden_states(wav[None], torch.tensor([len(wav)]))
+    assert item["states"].shape == (int(frames), 3, 32) and item["states"].dtype == torch.float16
+    torch.testing.assert_close(
+        item["states"].float(), states[:, 0].transpose(0, 1), atol=2e-3, rtol=2e-3
+    )
+    assert data[3]["states"] is item["states"] and data[(3, 5)]["states"] is item["states"]
+    assert CharacterTokenizer().decode(item["tokens"].tolist()) == item["text"]
+
+
+def test_views_go_round_and_a_full_cache_changes_nothing(manifest, encoder, noises):
+    mixer = NoiseMixer(prepare_noise(noises, "train"), [10])
+
+    def data(cache_gb):
+        return EncodedSpeech(
+            manifest,
+            encoder,
+            CharacterTokenizer(),
+            Augmentation([90, 100, 110], mixer, 1.0),
+            views=3,
+            seed=7,
+            cache_gb=cache_gb,
+        )
+
+    kept, computed = data(1.0), data(1e-6)
+    states = [kept[(2, data_pass)]["states"] for data_pass in range(6)]
+    assert states[0] is states[3] and states[2] is states[5]
+    assert len({(*s.shape, float(s.float().sum())) for s in states[:3]}) == 3
+    again = [computed[(2, data_pass)]["states"] for data_pass in range(6)]
+    assert not computed.cache
+    for a, b in zip(states, again):
+        assert torch.equal(a, b)
+
+
+def test_augmentation_draws_for_itself(noises):
+    wav = torch.randn(16000, generator=torch.Generator().manual_seed(0)) * 0.1
+    augmentation = Augmentation([80, 125])
+    lengths = {len(augmentation(wav, np.random.default_rng(i))) for i in range(20)}
+    assert lengths == {20000, 12800}
+    mixer = NoiseMixer(prepare_noise(noises, "train"), [5])
+    always = Augmentation([100], mixer, 1.0)
+    noise = always(wav, np.random.default_rng(0)) - wav
+    assert 10 * torch.log10(wav.square().mean() / noise.square().mean()) == pytest.approx(
+        5, abs=0.1
+    )
+    never = Augmentation([100], mixer, 0.0)
+    assert torch.equal(never(wav, np.random.default_rng(0)), wav)
+
+
+def test_what_cannot_be_trained_on_is_left_out_or_named(manifest, encoder):
+    first, second, third = list(manifest)[:3]
+    changed = {key: dict(manifest[key]) for key in (first, second, third)}
+    changed[first]["text"] = None
+    changed[second]["text"] = "A" * 60  # with blanks 119 frames; 2.4 s at most have 119
+    changed[second]["duration"] = 2.0
+    train = EncodedSpeech(changed, encoder, CharacterTokenizer(), spellable=True)
+    valid = EncodedSpeech(changed, encoder, CharacterTokenizer())
+    assert [item[0] for item in train.items] == [third]
+    assert [item[0] for item in valid.items] == [second, third]
+    with pytest.raises(UserError, match="transcript"):
+        EncodedSpeech({first: changed[first]}, encoder, CharacterTokenizer())
+    changed[third]["text"] = "ROOM 5"
+    with pytest.raises(UserError, match=r"\.flac.*'5'"):
+        EncodedSpeech(changed, encoder, CharacterTokenizer())
+
+
+def test_noisy_sets_are_those_of_evaluation(corpus, noises):
+    manifest = prepare_speech(corpus, ["test"])
+    mixer = NoiseMixer(prepare_noise(noises, "test"), [0, 5])
+    heard = []
+
+    def recognizer(wavs, lengths):
+        heard.extend(wav[:n] for wav, n in zip(wavs, lengths))
+        return ["ONE"] * len(wavs)
+
+    records = transcribe_set(recognizer, manifest, mixer, snr=5, seed=3, batch_size=4)
+    pairs = load_pairs(corpus, ["test"], "test", noises, snrs=[0, 5], seed=3, each_snr=True)
+    expected = [pair for pair in map(pairs.__getitem__, range(len(pairs))) if pair["snr"] == 5]
+    assert len(records) == len(heard) == len(expected) == 6
+    for record, wav, pair in zip(records, heard, expected):
+        assert pair["id"] == record["id"] + "@5dB"
+        assert torch.equal(wav, pair["noisy"])
+        assert record["noise_class"] == pair["noise_class"]
+        assert record["reference"] == pair["text"] and record["hypothesis"] == "ONE"
+    clean = transcribe_set(recognizer, manifest)
+    assert all(record["snr"] is None for record in clean)
+
+
+# Training, as a user runs it.
+
+
+@pytest.fixture
+def train(corpus, noises, tiny_teacher, tmp_path):
+    spec = importlib.util.spec_from_file_location("train_asr", ROOT / "recipes" / "train_asr.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+
+    def run(results="results", **changes):
+        settings = {
+            "data_folder": corpus,
+            "noise_folder": noises,
+            "encoder_source": tiny_teacher,
+            "results_folder": tmp_path / results,
+            "updates": 4,
+            "valid_every": 2,
+            "batch_size": 4,
+            "warmup_updates": 0,
+            "hidden": 16,
+            "test_snrs": [0],
+            **changes,
+        }
+        arguments = [str(ROOT / "hparams" / "asr_ctc.yaml"), "--noprogressbar"]
+        for key, value in settings.items():
+            arguments += [f"--{key}", str(value)]
+        recipe.main(arguments)
+        return tmp_path / results / "asr_ctc" / "1234"
+
+    return run
+
+
+def validations(run):
+    return [json.loads(line) for line in (run / "valid.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def tones(tmp_path):
+    """A corpus whose words are tones: even a random encoder tells them apart."""
+    rng = np.random.default_rng(5)
+    for split, count in (("train", 16), ("dev", 8), ("test", 8)):
+        lines = []
+        for i in range(count):
+            word, pitch = list(zip("ABCD", (300, 800, 2000, 5000)))[i % 4]
+            time = np.arange(rng.integers(5000, 9000)) / 16000
+            wav = 0.3 * np.sin(2 * np.pi * pitch * time) + 0.01 * rng.standard_normal(len(time))
+            write_audio(tmp_path / "tones" / split / "1" / "1" / f"1-1-{i:04d}.wav", wav)
+            lines.append(f"1-1-{i:04d} {word}\n")
+        (tmp_path / "tones" / split / "1" / "1" / "1-1.trans.txt").write_text("".join(lines))
+    return tmp_path / "tones"
+
+
+def test_training_learns_to_spell_what_it_has_not_seen(train, tones):
+    run = train(
+        data_folder=tones, updates=200, valid_every=100, batch_size=8, lr=0.02, weight_decay=0.0,
+        warmup_updates=10, hidden=24, depth=1, dropout=0.0, views=1, speeds=[100],
+        noise_probability=0.0,
+    )  # fmt: skip
+    lines = validations(run)
+    assert [line["update"] for line in lines] == [100, 200]
+    # Less than what guessing one of four letters costs: it has learnt to tell the tones apart.
+    assert lines[-1]["loss"] < 0.95 * np.log(4)
+    records = [json.loads(line) for line in (run / "test.jsonl").read_text().splitlines()]
+    assert [record["snr"] for record in records] == [None] * 8 + [0] * 8
+    assert all(record["reference"] in "ABCD" for record in records)
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(train, monkeypatch):
+    whole = train("whole", updates=6)
+    step, made = RecognitionBrain.fit_batch, []
+
+    def killed(self, batch):
+        made.append(batch.id)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(RecognitionBrain, "fit_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train("killed", updates=6)
+    monkeypatch.setattr(RecognitionBrain, "fit_batch", step)
+    resumed = train("killed", updates=6)
+    for a, b in zip(validations(whole), validations(resumed), strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    a, b = load_file(whole / "asr.safetensors"), load_file(resumed / "asr.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (whole / "test.jsonl").read_text() == (resumed / "test.jsonl").read_text()
+
+
+def test_corpus_without_transcripts_or_noise(train, corpus, tmp_path, capsys):
+    run = train(noise_folder="null", updates=2)
+    assert all(json.loads(x)["snr"] is None for x in (run / "test.jsonl").read_text().splitlines())
+    silent = tmp_path / "untranscribed"
+    shutil.copytree(corpus, silent)
+    for path in (silent / "train").rglob("*.trans.txt"):
+        path.unlink()
+    with pytest.raises(SystemExit):
+        train("other", data_folder=silent)
+    assert "none of the utterances has a transcript" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train("other", updates=3)
+    assert "multiple of valid_every" in capsys.readouterr().err
