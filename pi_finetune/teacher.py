@@ -7,6 +7,7 @@ gradient for the enhancer), and all of them let padding into the representation 
 import json
 import os
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -389,6 +390,22 @@ def _as_list(layers: int | Sequence[int]) -> list[int]:
     return chosen
 
 
+@contextmanager
+def quiet_transformers(bars: bool = False):
+    """No warnings of ``transformers`` inside, and no progress bars unless ``bars``."""
+    verbosity = transformers_logging.get_verbosity()
+    hide = transformers_logging.is_progress_bar_enabled() and not bars
+    transformers_logging.set_verbosity_error()
+    if hide:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if hide:
+            transformers_logging.enable_progress_bar()
+
+
 def _load(source: str, revision: str | None, cache_dir: str | None) -> tuple[nn.Module, dict]:
     """The model in float32 and the contents of its preprocessor_config.json ({} if absent)."""
     folder = Path(source).expanduser()
@@ -400,28 +417,30 @@ def _load(source: str, revision: str | None, cache_dir: str | None) -> tuple[nn.
         raise UserError(f"teacher folder '{source}' does not exist (or is not a folder)")
 
     hub = {"revision": revision, "cache_dir": cache_dir}
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what matters is checked below
     try:
-        config = AutoConfig.from_pretrained(source, **hub)
-        family = config.model_type
-        if family not in FAMILIES:
-            raise UserError(
-                f"teacher '{source}' is a '{family}' model; supported: {', '.join(FAMILIES)}"
+        with quiet_transformers(bars=not local):  # downloads show; what matters is checked below
+            config = AutoConfig.from_pretrained(source, **hub)
+            family = config.model_type
+            if family not in FAMILIES:
+                raise UserError(
+                    f"teacher '{source}' is a '{family}' model; supported: {', '.join(FAMILIES)}"
+                )
+            model, report = AutoModel.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="eager" if family == "wavlm" else "sdpa",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below
+                **hub,
             )
-        model, report = AutoModel.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager" if family == "wavlm" else "sdpa",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below
-            **hub,
-        )
-        found = cached_file(
-            source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **hub
-        )
-        preprocessor = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+            found = cached_file(
+                source,
+                "preprocessor_config.json",
+                _raise_exceptions_for_missing_entries=False,
+                **hub,
+            )
+            preprocessor = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
     except UserError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ...
@@ -435,8 +454,6 @@ def _load(source: str, revision: str | None, cache_dir: str | None) -> tuple[nn.
         )
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"teacher '{source}' cannot be loaded: {hint} ({reason})") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
     # masked_spec_embed belongs to pre-training alone and is often left out.
     missing = [k for k in report["missing_keys"] if not k.endswith("masked_spec_embed")]

@@ -14,7 +14,7 @@ from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from pi_finetune.data.loading import sample_lengths
 from pi_finetune.errors import UserError
-from pi_finetune.teacher import standardised
+from pi_finetune.teacher import quiet_transformers, standardised
 
 
 class PretrainingBrain(sb.Brain):
@@ -150,7 +150,8 @@ def export_teacher(hubert: HubertModel, folder) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     half = HubertModel(hubert.config)
     half.load_state_dict(getattr(hubert, "module", hubert).state_dict())  # DDP wraps it
-    half.half().save_pretrained(temporary)
+    with quiet_transformers():
+        half.half().save_pretrained(temporary)
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(
         temporary
     )
