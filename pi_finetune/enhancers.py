@@ -733,10 +733,21 @@ def save_enhancer(folder, enhancer, config=None):
         The model; a ``DistributedDataParallel`` wrapper is taken off.
     config : dict, optional
         ``{"class": ..., "arguments": {...}}`` (default: ``enhancer.config``).
+
+    Raises
+    ------
+    UserError
+        Where there is no config.
     """
     if isinstance(enhancer, nn.parallel.DistributedDataParallel):
         enhancer = enhancer.module
-    config = enhancer.config if config is None else config
+    config = getattr(enhancer, "config", None) if config is None else config
+    if config is None:
+        raise UserError(
+            f"{type(enhancer).__name__} cannot be saved so that it can be loaded again: derive it "
+            "from pi_finetune.enhancers.WaveformEnhancer, or give it an attribute config with the "
+            "keys 'class' and 'arguments'."
+        )
     text = yaml.safe_dump(dict(config), sort_keys=False)
     # Cloned, since safetensors refuses tensors that share memory.
     weights = {

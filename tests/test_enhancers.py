@@ -254,6 +254,16 @@ def test_output_scales_with_input(model):
             assert relative(model(factor * wavs, lengths), factor * out) < 1e-3
 
 
+def test_half_precision(model):
+    wavs, lengths = noise(2, 6000), torch.tensor([6000, 4000])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(wavs, lengths)
+    assert out.dtype == torch.float32
+    with torch.no_grad():
+        expected = model(wavs, lengths)
+    assert (out - expected).norm() < 0.1 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("wavs", "lengths", "message"),
     [
@@ -464,6 +474,14 @@ def test_save_and_load(any_model, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(wavs, lengths), any_model(wavs, lengths))
     save_enhancer(folder, again)  # over the old one
+
+
+def test_a_module_without_config(tmp_path):
+    with pytest.raises(UserError, match="Identity cannot be saved"):
+        save_enhancer(tmp_path / "run", torch.nn.Identity())
+    assert not (tmp_path / "run").exists()
+    save_enhancer(tmp_path, torch.nn.Identity(), {"class": "torch.nn.Identity", "arguments": {}})
+    assert isinstance(load_enhancer(tmp_path, trust=True), torch.nn.Identity)
 
 
 def test_failed_save_keeps_the_old_model(tmp_path, monkeypatch):
