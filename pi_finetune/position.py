@@ -19,6 +19,7 @@ A *teacher* here is anything with ``hidden_states``, ``frames``, ``hop`` and ``n
 lines; times are in seconds, and NaN is None.
 """
 
+import hashlib
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,7 @@ from pi_finetune.seeding import utterance_rng
 #: Fewer utterances leave too little for the probe's folds or for a bootstrap over pairs.
 MIN_UTTERANCES = 12
 #: Moves of the shift curve, in seconds.
-SHIFTS = (0.0, 0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+SHIFTS = (0.0, 0.02, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0)
 _FOLDS = 5
 #: Ridge penalties tried, relative to the mean squared (standardised) feature.
 _PENALTIES = np.logspace(-6, 2, 17)
@@ -141,6 +142,21 @@ class AllLayers:
         return states[self.layers].permute(1, 2, 0, 3), frame_lengths
 
 
+class _Remembering:
+    """Runs a teacher once on each input of a batch: objectives with one perturbation share it."""
+
+    def __init__(self, teacher):
+        self.teacher, self.seen = teacher, {}
+        self.hop, self.frames = teacher.hop, teacher.frames
+
+    def __call__(self, wavs, lengths):
+        content = wavs.detach().contiguous().cpu().numpy().tobytes()
+        key = (wavs.shape, tuple(lengths.tolist()), hashlib.sha1(content).digest())
+        if key not in self.seen:
+            self.seen[key] = self.teacher(wavs, lengths)
+        return self.seen[key]
+
+
 class EachLayer:
     """A distance applied to each layer of [B, N, L, D]; returns [B, L]."""
 
@@ -168,11 +184,16 @@ class Offset:
     random : bool
         Draw the number of hops per utterance from 0 to ``seconds`` instead. It is drawn after the
         draws of ``perturbation``, which are therefore the same with and without offset.
+    context : Tensor, optional
+        [B, seconds] as samples, heard before the content instead of zeros; not with ``random``.
     """
 
-    def __init__(self, seconds, perturbation=None, hop=320, random=False):
+    def __init__(self, seconds, perturbation=None, hop=320, random=False, context=None):
         if seconds < 0:
             raise ValueError(f"seconds: got {seconds}, needed is a number >= 0.")
+        if random and context is not None:
+            raise ValueError("context: has one length, so random must be False.")
+        self.context = context
         self.hops = round(seconds * SAMPLE_RATE / hop)
         self.perturbation = perturbation or NoPerturbation()
         self.hop = hop
@@ -182,7 +203,10 @@ class Offset:
         inner = self.perturbation(wavs, lengths, rngs)
         if not self.random:
             before = self.hops * self.hop
-            moved = torch.nn.functional.pad(inner.wavs, (before, 0))
+            heard = inner.wavs.new_zeros(len(wavs), before)
+            if self.context is not None:
+                heard = self.context
+            moved = torch.cat([heard, inner.wavs], dim=1)
         else:
             hops = [int(rng.integers(self.hops + 1)) for rng in rngs]
             before = torch.tensor(hops, device=inner.lengths.device) * self.hop
@@ -549,7 +573,9 @@ def load_objective(name, teacher):
 
 
 @torch.no_grad()
-def moved_values(objective, enhanced, clean, partners, ids, offset_seconds=1.5, seed=0):
+def moved_values(
+    objective, enhanced, clean, partners, ids, offset_seconds=1.5, seed=0, context=None
+):
     """An objective against unrelated speech at unequal and equal positions, and against the right.
 
     The three are ``objective(enhanced_i, clean_j)`` with the clean branch moved by
@@ -569,6 +595,8 @@ def moved_values(objective, enhanced, clean, partners, ids, offset_seconds=1.5, 
         Of the rows of ``enhanced``; with ``seed`` they fix the perturbation's draws.
     offset_seconds, seed
         The move, and the seed of perturbations.
+    context : Tensor, optional
+        [B, offset], what precedes ``clean`` and is heard before it instead of zeros.
 
     Returns
     -------
@@ -585,7 +613,8 @@ def moved_values(objective, enhanced, clean, partners, ids, offset_seconds=1.5, 
         return objective.represent(wavs, lengths, rngs, perturbation)
 
     compared = represent(enhanced, plain if on_clean else own)
-    offset = Offset(offset_seconds, target, objective.teacher.hop)
+    context = None if context is None else context[partners]
+    offset = Offset(offset_seconds, target, objective.teacher.hop, context=context)
     targets = {
         "unequal": (clean[partners], offset),
         "equal": (clean[partners], target),
@@ -617,7 +646,14 @@ def share_of_fall(unequal, equal, right, seed=0):
 
 
 def objective_share(
-    teacher, objectives, crops, offset_seconds=1.5, layers=None, batch_size=8, seed=0
+    teacher,
+    objectives,
+    crops,
+    offset_seconds=1.5,
+    moved_by="zeros",
+    layers=None,
+    batch_size=8,
+    seed=0,
 ):
     """The share of each objective, at each layer, that position explains.
 
@@ -634,6 +670,10 @@ def objective_share(
     crops : Crops
     offset_seconds : float
         How far an unequal position is away.
+    moved_by : str
+        What precedes moved speech: ``zeros``, or ``speech``. The latter is the beginning of the
+        same crop, so that the rest of it is what is compared; it shows how much of a share is due
+        to the silence of zeros and not to position.
     seed : int
         Of pairs, perturbations and the bootstrap.
 
@@ -646,30 +686,41 @@ def objective_share(
     pairs = len(order) // 2
     if pairs < 2:
         raise UserError(f"{len(order)} utterances make {pairs} pairs: name more speech.")
+    hop = teacher.hop
+    before = round(offset_seconds * SAMPLE_RATE / hop) * hop if moved_by == "speech" else 0
+    if moved_by not in ("zeros", "speech") or before >= crops.wavs.shape[1]:
+        raise UserError(
+            f"moved_by: {moved_by!r}; needed is 'zeros', or 'speech' with crops longer than the "
+            f"offset of {offset_seconds:g} s (segment_seconds above far_seconds)."
+        )
     order = order[: 2 * pairs]
     ids, wavs = [crops.ids[i] for i in order], crops.wavs[torch.from_numpy(order)]
     step = 2 * max(1, batch_size // 2)  # pairs are rows 2i and 2i + 1: never cut one
-    view = AllLayers(teacher, layers)
-    records = []
-    for name, objective in objectives.items():
-        seen = RepresentationObjective(
-            view, EachLayer(objective.distance), objective.perturbation, objective.perturbed_branch
-        )
-        values = {}
-        for start in range(0, 2 * pairs, step):
-            batch = wavs[start : start + step]
-            partners = torch.arange(len(batch), device=batch.device) ^ 1
+    view = _Remembering(AllLayers(teacher, layers))
+    values = {name: {} for name in objectives}
+    for start in range(0, 2 * pairs, step):
+        view.seen.clear()
+        batch = wavs[start : start + step, before:]
+        context = wavs[start : start + step, :before] if before else None
+        partners = torch.arange(len(batch), device=batch.device) ^ 1
+        names = ids[start : start + step]
+        for name, own in objectives.items():
+            every_layer = RepresentationObjective(
+                view, EachLayer(own.distance), own.perturbation, own.perturbed_branch
+            )
             found = moved_values(
-                seen, batch, batch, partners, ids[start : start + step], offset_seconds, seed
+                every_layer, batch, batch, partners, names, offset_seconds, seed, context
             )
             for key, value in found.items():
-                values.setdefault(key, []).append(value.double().cpu())
-        values = {
-            key: torch.cat(v).unflatten(0, (pairs, 2)).mean(dim=1).T.numpy()
-            for key, v in values.items()
+                values[name].setdefault(key, []).append(value.double().cpu())
+    records = []
+    for name, found in values.items():
+        found = {
+            key: torch.cat(value).unflatten(0, (pairs, 2)).mean(dim=1).T.numpy()
+            for key, value in found.items()
         }  # [L, P]
-        for i, layer in enumerate(view.layers):
-            own = {key: value[i] for key, value in values.items()}
+        for i, layer in enumerate(chosen_layers(teacher, layers)):
+            own = {key: value[i] for key, value in found.items()}
             records.append(
                 {
                     "objective": name,

@@ -75,8 +75,9 @@ def main(argv):
                 position.position_probe(teacher, crops.wavs, seed=seed, **common),
             )
         elif name == "share":
+            move = (hparams["far_seconds"], hparams["moved_by"])
             shares = position.objective_share(
-                teacher, objectives, crops, hparams["far_seconds"], seed=seed, **common
+                teacher, objectives, crops, *move, seed=seed, **common
             )
             write(folder / "share.jsonl", shares)
         else:

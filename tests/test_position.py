@@ -249,6 +249,16 @@ def test_share_of_a_mixture_under_zero_padding(crops):
     assert np.mean([r["share"] for r in records]) == pytest.approx(expected, abs=0.05)
 
 
+def test_share_of_a_mixture_moved_by_speech(crops):
+    a, b = 1.0, 2.0
+    found = by(shares(crops, a=a, b=b, moved_by="speech"), layer=2)
+    assert found["share"] == pytest.approx(a**2 / (a**2 + b**2), abs=0.03)
+    assert by(shares(crops, moved_by="speech"), layer=0)["share"] == 0.0
+    for options in ({"moved_by": "noise"}, {"moved_by": "speech", "offset_seconds": 2}):
+        with pytest.raises(UserError, match="moved_by: "):
+            shares(crops, **options)
+
+
 def test_share_composes_with_changes_of_speed(crops):
     found = shares(crops, SpeedPerturbation([0.8]), SoftDTWDistance(), layers=0)
     assert found[0]["share"] == pytest.approx(0, abs=1e-6)
