@@ -17,7 +17,7 @@ Precision: R is kept in float64, in which neither its length nor a small gamma h
 memory since R is never stored. Exponentials and logarithms see differences only and are float32.
 Everything is in base 2: costs are multiplied by log2(e) / gamma on the way in.
 
-Threads run over the batch, as many as torch.get_num_threads().
+Threads run over the batch, as many as torch.get_num_threads() says.
 """
 
 import math
@@ -332,20 +332,30 @@ def _band(n, m, bandwidth):
 _pool = threads_of_pool = None
 
 
-def _run(tasks):
-    """Call all tasks, on as many threads as PyTorch uses; results in order.
+def _for_each(items, function):
+    """[function(b) for b in range(items)], on as many threads as PyTorch uses.
 
-    Python threads, since the kernels drop the GIL: they share no runtime with PyTorch's own pool,
-    and two callers at once, or a fork, do them no harm.
+    Python threads, which the kernels and PyTorch's operators free of the GIL. Whole items run in
+    parallel, each operator on one thread (more where there are fewer items than threads): nothing
+    waits at the barriers of a parallel matrix product, which on a busy machine is most of the time.
     """
     global _pool, threads_of_pool
     threads = torch.get_num_threads()
-    if threads == 1 or len(tasks) == 1:
-        return [task() for task in tasks]
-    if threads_of_pool != (os.getpid(), threads):
+    if threads == 1 or items <= 1:
+        return [function(b) for b in range(items)]
+    if threads_of_pool != (os.getpid(), threads):  # a forked process has none of the threads
         _pool = ThreadPoolExecutor(threads, "soft_dtw")
         threads_of_pool = os.getpid(), threads
-    return list(_pool.map(lambda task: task(), tasks))
+
+    def run(b):
+        torch.set_num_threads(max(1, threads // items))
+        with torch.no_grad():  # a setting of each thread
+            return function(b)
+
+    try:
+        return list(_pool.map(run, range(items)))
+    finally:
+        torch.set_num_threads(threads)  # also the default of threads to come
 
 
 class _Problem:
@@ -413,7 +423,9 @@ def _cost_problems(d, n, m, state, gamma, bandwidth):
 def cost_forward(d, n, m, gamma, bandwidth, grad):
     state = torch.empty(cost_saved_sizes(*d.shape, grad), dtype=STATE_DTYPE)
     problems = _cost_problems(d, n, m, state, gamma, bandwidth)
-    return torch.tensor(_run([p.forward for p in problems]), dtype=d.dtype), state
+    return torch.tensor(
+        _for_each(len(problems), lambda b: problems[b].forward()), dtype=d.dtype
+    ), state
 
 
 def cost_backward(grad, d, n, m, state, gamma, bandwidth):
@@ -421,10 +433,11 @@ def cost_backward(grad, d, n, m, state, gamma, bandwidth):
     problems = _cost_problems(d, n, m, state, gamma, bandwidth)
     e = np.zeros(d.numel(), d.numpy().dtype)
     weights = grad.tolist()
-    _run([
-        lambda b=b, p=p: p.backward(weights[b], e, b * N * M, LANES * M, M, 1)
-        for b, p in enumerate(problems)
-    ])  # fmt: skip
+
+    def run(b):
+        problems[b].backward(weights[b], e, b * N * M, LANES * M, M, 1)
+
+    _for_each(len(problems), run)
     return torch.from_numpy(e).view(d.shape)
 
 
@@ -490,52 +503,43 @@ def _problem(b, kind, sides, products, state, cost, gamma, bandwidth, fill):
 def features_forward(x, y, n, m, gamma, bandwidth, cost, divergence, x_grad, y_grad):
     layout, sizes = _layout(len(x), x.shape[1], y.shape[1], divergence, x_grad, y_grad)
     products, state = x.new_empty(sizes[0]), torch.empty(sizes[1], dtype=STATE_DTYPE)
-    loss, tasks, terms = [0.0] * len(x), [], []
+    n, m = n.tolist(), m.tolist()
 
-    def flush():
-        for (b, weight), value in zip(terms, _run(tasks)):
-            loss[b] += weight * value
-        tasks.clear(), terms.clear()
-
-    for b, (n_b, m_b) in enumerate(zip(n.tolist(), m.tolist())):
-        sides = _prepare(x[b, :n_b], y[b, :m_b], cost)
+    def run(b):
+        sides, loss = _prepare(x[b, : n[b]], y[b, : m[b]], cost), 0.0
         for kind in layout:
             problem = _problem(b, kind, sides, products, state, cost, gamma, bandwidth, fill=True)
-            tasks.append(problem.forward)
-            terms.append((b, 1.0 if kind is layout[0] else -0.5))
-        if not all(kind[4] for kind in layout) and b % torch.get_num_threads() == 0:
-            flush()  # lets go of the products that are not saved
-    flush()
-    return torch.tensor(loss, dtype=x.dtype), products, state
+            loss += problem.forward() * (1.0 if kind is layout[0] else -0.5)
+        return loss
+
+    return torch.tensor(_for_each(len(x), run), dtype=x.dtype), products, state
 
 
 def features_backward(
     grad, x, y, n, m, products, state, gamma, bandwidth, cost, divergence, x_grad, y_grad
 ):
-    B, threads = len(x), torch.get_num_threads()
-    layout, _ = _layout(B, x.shape[1], y.shape[1], divergence, x_grad, y_grad)
-    inputs, wanted, lengths = (x, y), (x_grad, y_grad), list(zip(n.tolist(), m.tolist()))
-    grads = [torch.empty_like(z) if want else z.new_empty(0) for z, want in zip(inputs, wanted)]
-    for start in range(0, B, threads):
-        group = range(start, min(start + threads, B))
-        sides = {b: _prepare(x[b, : lengths[b][0]], y[b, : lengths[b][1]], cost) for b in group}
-        jobs = [(b, kind) for b in group for kind in layout if kind[4]]
-        tasks = []
-        for b, kind in jobs:
-            problem = _problem(
-                b, kind, sides[b], products, state, cost, gamma, bandwidth, fill=False
-            )
-            # Of a sequence with itself E is symmetric: twice the rows' side does for both.
-            weight = float(grad[b]) * (1 if kind is layout[0] else -1)
-            tasks.append(lambda problem=problem, weight=weight: problem.backward_in_strips(weight))
-        results = _run(tasks)
-        for b in group:
-            mine = [(kind, r) for (owner, kind), r in zip(jobs, results) if owner == b]
-            for side in (0, 1):
-                if wanted[side]:
-                    out, length = grads[side][b], lengths[b][side]
-                    out[length:] = 0
-                    _gradient(out[:length], side, mine, sides[b], inputs[side][b, :length], cost)
+    layout, _ = _layout(len(x), x.shape[1], y.shape[1], divergence, x_grad, y_grad)
+    grads = [torch.empty_like(z) if k else z.new_empty(0) for z, k in ((x, x_grad), (y, y_grad))]
+    weights, lengths = grad.tolist(), (n.tolist(), m.tolist())
+
+    def run(b):
+        valid = [z[b, : length[b]] for z, length in zip((x, y), lengths)]
+        sides, flows = _prepare(*valid, cost), []
+        for kind in layout:
+            if kind[4]:
+                problem = _problem(
+                    b, kind, sides, products, state, cost, gamma, bandwidth, fill=False
+                )
+                # Of a sequence with itself E is symmetric: twice the rows' side does for both.
+                weight = weights[b] * (1 if kind is layout[0] else -1)
+                flows.append((kind, problem.backward_in_strips(weight)))
+        for side, out in enumerate(grads):
+            if len(out):
+                length = lengths[side][b]
+                out[b, length:] = 0
+                _gradient(out[b, :length], side, flows, sides, valid[side], cost)
+
+    _for_each(len(x), run)
     return tuple(grads)
 
 

@@ -278,7 +278,7 @@ def _views(flat, B, N, M):
     """The matrices of every kind in a flat buffer: [B, N, M], and [B, N, N], [B, M, M]."""
     sizes, views, start = [(N, M), (N, N), (M, M)], [], 0
     for rows, columns in sizes:
-        if start < flat.numel():
+        if start < flat.numel() or not B:
             views.append(flat[start : start + B * rows * columns].view(B, rows, columns))
         start += B * rows * columns
     return views
