@@ -3,14 +3,12 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Enough for anything here; PyTorch's own default takes every core of a shared machine.
-export PYTHONPATH := $(CURDIR)
 
 .PHONY: setup demo test lint clean
 
 setup: $(VENV)/.complete
 
-$(VENV)/.complete: requirements.txt constraints.txt
+$(VENV)/.complete: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
 	  sys.exit(0 if (3, 10) <= v <= (3, 13) else f"error: Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}; set PYTHON=python3.11")'
 	@command -v cc >/dev/null || command -v gcc >/dev/null || { echo \
@@ -22,6 +20,7 @@ $(VENV)/.complete: requirements.txt constraints.txt
 	# pesq's setup needs NumPy and a setuptools it can import.
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "numpy<2.4" setuptools wheel
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch "$@"
 
 demo: setup

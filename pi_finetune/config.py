@@ -115,13 +115,13 @@ def refuse_other_settings(folder, resolved):
     Arguments
     ---------
     folder : Path
-        A run folder; ``hyperparams.yaml`` in it is what it was started with.
+        A run folder; ``hyperparams.yaml`` is what it was started with, ``save`` its checkpoints.
     resolved : str
         The text :func:`load_hparams` returned.
     """
     path = folder / "hyperparams.yaml"
-    if not path.exists():
-        return
+    if not path.exists() or not any(folder.glob("save/CKPT*")):
+        return  # nothing to resume
     old, new = (ruamel.yaml.YAML().load(text) for text in (path.read_text(), resolved))
     for harmless in ("num_workers", "ckpt_interval_minutes"):
         old.pop(harmless, None), new.pop(harmless, None)

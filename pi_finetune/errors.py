@@ -1,6 +1,5 @@
 """The one exception whose text alone is shown to a user."""
 
-
 import functools
 import sys
 

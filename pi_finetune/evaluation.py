@@ -15,6 +15,7 @@ from pi_finetune.data.audio import SAMPLE_RATE
 from pi_finetune.data.loading import sample_lengths
 from pi_finetune.enhancers import WEIGHTS_FILE
 from pi_finetune.errors import UserError
+from pi_finetune.files import replacing, write_text
 from pi_finetune.recognizers import load_recognizer
 
 
@@ -109,7 +110,7 @@ def evaluate_system(
                 path.unlink(missing_ok=True)
     if final.exists():
         return final
-    _write(settings_file, json.dumps(settings, indent=1))
+    write_text(settings_file, json.dumps(settings, indent=1))
 
     done = _complete_lines(part)
     todo = [i for i, utterance in enumerate(ids) if utterance not in done]
@@ -169,7 +170,8 @@ def _complete_lines(path):
     lines = path.read_bytes().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith(b"\n")]
     if whole != lines:
-        _write(path, b"".join(whole).decode())
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(whole))
     return {json.loads(line)["id"] for line in whole}
 
 
@@ -188,9 +190,3 @@ def _digest(weights):
     if not path.is_file():
         raise UserError(f"{path}: missing. Give a run folder in which training saved a model.")
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _write(path, text):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

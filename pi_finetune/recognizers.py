@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from pi_finetune.config import PROJECT_ROOT
 from pi_finetune.errors import UserError
+from pi_finetune.files import replacing, write_text
 from pi_finetune.teacher import SAMPLE_RATE, Teacher
 
 CONFIG_FILE = "asr.yaml"
@@ -319,12 +320,10 @@ def save_recognizer(folder, name, encoder, head, tokenizer):
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{WEIGHTS_FILE}.tmp"
-    save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, temporary)
-    os.replace(temporary, folder / WEIGHTS_FILE)
-    temporary = folder / f"{CONFIG_FILE}.tmp"
-    temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    os.replace(temporary, folder / CONFIG_FILE)
+    weights = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
+    with replacing(folder / WEIGHTS_FILE) as temporary:
+        save_file(weights, temporary)
+    write_text(folder / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
 
 
 def fingerprint(encoder):

@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from pi_finetune.files import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 STRATEGIES = [
     "si_sdr",
@@ -79,9 +81,11 @@ def stage(title, folder, inputs, command):
         print("   up to date", flush=True)
         return
     started = time.monotonic()
-    write(stamp, {"command": command, "inputs": inputs, "complete": False})
-    run_python(command)
-    write(stamp, {"command": command, "inputs": inputs, "complete": True})
+    for complete in (False, True):
+        if complete:
+            run_python(command)
+        made_by = {"command": command, "inputs": inputs, "complete": complete}
+        write_text(stamp, json.dumps(made_by))
     print(f"   {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -90,14 +94,6 @@ def run_python(command):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if subprocess.call([sys.executable, *command], env=environment):
         sys.exit(f"error: this stage failed: python {shlex.join(command)}")
-
-
-def write(path, content):
-    """Write JSON, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
 
 
 def digest():

@@ -7,7 +7,6 @@
 OUTPUT_FOLDER/teacher, ready to be used as ``teacher_source``; the same command resumes.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,30 +14,22 @@ import speechbrain as sb
 from speechbrain.dataio.batch import PaddedBatch
 
 from pi_finetune.brains.pretraining import PretrainingBrain
-from pi_finetune.config import load_hparams
+from pi_finetune.brains.updates import start_run
 from pi_finetune.data.corpora import prepare_speech
-from pi_finetune.data.loading import UpdateSampler
 from pi_finetune.data.targets import MaskedSpeech, make_targets
-from pi_finetune.errors import UserError, command
+from pi_finetune.errors import command
 
 
 @command
 def main(argv):
     """Run one pre-training."""
-    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    sb.utils.distributed.ddp_init_group(run_opts)
-    hparams, resolved = load_hparams(hparams_file, overrides)
-    if hparams["updates"] % hparams["valid_every"]:
-        raise UserError("updates: must be a multiple of valid_every, so that the end is validated.")
+    hparams, run_opts = start_run(argv)
     train = prepare_speech(hparams["data_folder"], hparams["train_splits"])
     valid = prepare_speech(hparams["data_folder"], hparams["valid_splits"])
 
-    folder = Path(hparams["output_folder"])
-    sb.create_experiment_directory(experiment_directory=str(folder))
-    (folder / "hyperparams.yaml").write_text(resolved)
     how = {"source": hparams["targets_source"], "layers": hparams["targets_layers"]}
     how |= {"clusters": hparams["clusters"], "seed": hparams["seed"]}
-    path = folder / "targets.pt"
+    path = Path(hparams["output_folder"]) / "targets.pt"
     # The main process makes the targets; the others then read them.
     sb.utils.distributed.run_on_main(
         make_targets, args=[train, valid], kwargs={**how, "path": path}
@@ -56,27 +47,16 @@ def main(argv):
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    # One epoch of the Brain is valid_every updates, on all processes together.
-    updates = hparams["valid_every"] * brain.grad_accumulation_factor
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    train_data = dataset(train, hparams["segment_seconds"])
-    sampler = UpdateSampler(
-        len(train_data), updates * hparams["batch_size"] * processes, hparams["seed"]
-    )
-    loader = {"collate_fn": PaddedBatch, "num_workers": hparams["num_workers"]}
-    train_loader = brain.make_dataloader(
-        train_data,
-        stage=sb.Stage.TRAIN,
-        sampler=sampler,
-        batch_size=hparams["batch_size"],
-        **loader,
-    )
-    brain.train_sampler = brain.train_sampler or sampler
+    workers = hparams["num_workers"]
     brain.fit(
         hparams["epoch_counter"],
-        train_loader,
+        brain.make_train_loader(dataset(train, hparams["segment_seconds"]), num_workers=workers),
         dataset(valid, hparams["valid_segment_seconds"]),
-        valid_loader_kwargs={"batch_size": hparams["valid_batch_size"], **loader},
+        valid_loader_kwargs={
+            "batch_size": hparams["valid_batch_size"],
+            "collate_fn": PaddedBatch,
+            "num_workers": workers,
+        },
     )
 
 

@@ -12,29 +12,19 @@ model is kept in ``output_folder`` as asr.yaml + asr.safetensors, which
 import sys
 from pathlib import Path
 
-import speechbrain as sb
 from speechbrain.dataio.batch import PaddedBatch
 
 from pi_finetune import metrics
 from pi_finetune.brains.recognition import RecognitionBrain, transcribe_set, write_lines
-from pi_finetune.config import load_hparams
-from pi_finetune.data.loading import UpdateSampler
-from pi_finetune.errors import UserError, command
+from pi_finetune.brains.updates import start_run
+from pi_finetune.errors import command
 from pi_finetune.recognizers import load_recognizer
 
 
 @command
 def main(argv):
     """Train, then test what was exported on clean and noisy speech."""
-    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    hparams, resolved = load_hparams(hparams_file, overrides)
-    if hparams["updates"] % hparams["valid_every"]:
-        raise UserError("updates: must be a multiple of valid_every, so that the end is validated.")
-
-    folder = Path(hparams["output_folder"])
-    sb.create_experiment_directory(experiment_directory=str(folder))
-    (folder / "hyperparams.yaml").write_text(resolved)
-
+    hparams, run_opts = start_run(argv)
     brain = RecognitionBrain(
         modules=hparams["modules"],
         opt_class=hparams["opt_class"],
@@ -43,21 +33,14 @@ def main(argv):
         checkpointer=hparams["checkpointer"],
     )
     hparams["encoder"].to(brain.device)
-    items = hparams["valid_every"] * hparams["batch_size"] * brain.grad_accumulation_factor
-    sampler = UpdateSampler(len(hparams["train_data"]), items, hparams["seed"])
     # No loader workers: the datasets keep the encoded speech in memory.
-    loader = {"collate_fn": PaddedBatch, "batch_size": hparams["batch_size"]}
-    train_loader = brain.make_dataloader(
-        hparams["train_data"], stage=sb.Stage.TRAIN, sampler=sampler, **loader
-    )
-    brain.train_sampler = sampler
     brain.fit(
         hparams["epoch_counter"],
-        train_loader,
+        brain.make_train_loader(hparams["train_data"]),
         hparams["valid_data"],
-        valid_loader_kwargs=loader,
+        valid_loader_kwargs={"batch_size": hparams["batch_size"], "collate_fn": PaddedBatch},
     )
-    test(hparams, folder)
+    test(hparams, Path(hparams["output_folder"]))
 
 
 def test(hparams, folder):

@@ -1,14 +1,12 @@
 """Manifests, mixing and sampling: exact, reproducible, clear about bad folders."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from speechbrain.dataio.batch import PaddedBatch
 from synthetic import voice, write_audio
 
-from pi_finetune.data.corpora import prepare_noise, prepare_speech, write_manifest
+from pi_finetune.data.corpora import prepare_noise, prepare_speech
 from pi_finetune.data.loading import (
     UpdateSampler,
     choose,
@@ -30,16 +28,6 @@ def test_librispeech_manifest(corpus):
 def test_no_transcript_is_none(tmp_path):
     write_audio(tmp_path / "train" / "1" / "1" / "1-1-0000.flac", voice(1, 100, _rng()))
     assert prepare_speech(tmp_path, ["train"])["1-1-0000"]["text"] is None
-
-
-def test_manifest_is_speechbrain_json(corpus, tmp_path):
-    from speechbrain.dataio.dataset import DynamicItemDataset
-
-    manifest = prepare_speech(corpus, ["dev"])
-    write_manifest(manifest, tmp_path / "dev.json")
-    assert len(DynamicItemDataset.from_json(tmp_path / "dev.json")) == len(manifest)
-    assert json.loads((tmp_path / "dev.json").read_text()) == manifest
-    assert [p.name for p in tmp_path.iterdir()] == ["dev.json"]
 
 
 @pytest.mark.parametrize(

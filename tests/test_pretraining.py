@@ -253,7 +253,7 @@ def test_recipe_learns_resumes_and_its_teacher_makes_targets(corpus, tmp_path):
     assert Teacher(source, layers=1).num_layers == 2
 
     # Cut off after the first validation, then resumed: the same numbers, to rounding.
-    recipe(corpus, tmp_path / "b", "--updates", "30", "--epoch_counter", "{limit: 1}")
+    recipe(corpus, tmp_path / "b", "--updates", "30", "--optimizer_step_limit", "15")
     recipe(corpus, tmp_path / "b", "--updates", "30")
     resumed = validations(tmp_path / "b")
     assert [line["update"] for line in resumed] == [15, 30]

@@ -127,7 +127,7 @@ def test_all_strategies_start_from_the_same_mixtures(train, monkeypatch):
 
 @pytest.mark.parametrize("killed_at", [2, 4])
 def test_a_killed_run_ends_as_an_uninterrupted_one(train, monkeypatch, killed_at):
-    straight = train("soft_dtw", "straight", ckpt_interval_minutes=1e-9)
+    straight = train("soft_dtw", "straight", ckpt_interval_minutes=0, ckpt_interval_steps=1)
     steps = []
     step = EnhancementBrain.optimizers_step
 
@@ -140,8 +140,8 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(train, monkeypatch, killed_at
     with monkeypatch.context() as patch:
         patch.setattr(EnhancementBrain, "optimizers_step", die)
         with pytest.raises(KeyboardInterrupt):
-            train("soft_dtw", "killed", ckpt_interval_minutes=1e-9)
-    resumed = train("soft_dtw", "killed", ckpt_interval_minutes=1e-9)
+            train("soft_dtw", "killed", ckpt_interval_minutes=0, ckpt_interval_steps=1)
+    resumed = train("soft_dtw", "killed", ckpt_interval_minutes=0, ckpt_interval_steps=1)
     expected, got = (torch.load(_last(run), weights_only=True) for run in (straight, resumed))
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     for one, other in zip(validations(straight), validations(resumed), strict=True):

@@ -1,37 +1,27 @@
 """The Brain that pre-trains a small HuBERT by masked prediction of cluster targets."""
 
-import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import speechbrain as sb
 import torch
 import torch.nn.functional as F
-from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
+from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.data.loading import sample_lengths
-from pi_finetune.errors import UserError
 from pi_finetune.teacher import quiet_transformers, standardised
 
 
-class PretrainingBrain(sb.Brain):
+class PretrainingBrain(UpdateBrain):
     """Trains ``modules.hubert`` and the linear layer ``modules.head`` to name hidden frames.
 
     The loss is the cross entropy at masked frames plus ``unmasked_weight`` times that at the
-    others (HuBERT, equation 3, with weights that need not sum to one). An epoch is ``valid_every``
-    updates.
+    others (HuBERT, equation 3, with weights that need not sum to one).
 
-    From YAML it uses: ``output_folder, lr_schedule, valid_every, unmasked_weight, train_logger``.
+    From YAML it uses, besides what :class:`UpdateBrain` does: ``unmasked_weight``.
     """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.history = History()
-        if self.checkpointer is not None:
-            self.checkpointer.add_recoverable("history", self.history)
 
     def compute_forward(self, batch, stage):
         """Logits [B, F, clusters]."""
@@ -69,75 +59,30 @@ class PretrainingBrain(sb.Brain):
             sums += torch.tensor([count, float(total.detach()), int(correct[chosen].sum())])
         return loss
 
-    def on_fit_batch_start(self, batch, should_step):
-        """Set the learning rate from the number of updates made, which a resume knows."""
-        rate = self.hparams.lr_schedule.calculate_lr(self.optimizer_step + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def check_loss_isfinite(self, loss):
-        """Stop at once: SpeechBrain would make the step."""
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss of update {self.optimizer_step + 1} is not finite: lower lr. "
-                "The last checkpoint is intact."
-            )
-
     def on_stage_start(self, stage, epoch=None):
-        """Start the counts and the clock."""
+        """Start the counts."""
+        super().on_stage_start(stage, epoch)
         self.sums = {"masked": torch.zeros(3), "unmasked": torch.zeros(3)}
-        self.started = time.monotonic()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """After validation log, save a checkpoint, and export the model if it is the best."""
+        super().on_stage_end(stage, stage_loss, epoch)
         stats = {"loss": float(stage_loss)}
         for part, (count, loss, correct) in self.sums.items():
             stats[f"{part}_loss"] = float(loss / count.clamp(min=1))
             stats[f"{part}_accuracy"] = float(correct / count.clamp(min=1))
         if stage == sb.Stage.TRAIN:
-            self.history.seconds += time.monotonic() - self.started
             self.train_stats = stats
             return
+        record = self.log_validation(epoch, self.train_stats, stats)
         if not sb.utils.distributed.if_main_process():
             return
-        meta = {
-            "update": epoch * self.hparams.valid_every,
-            "seconds": round(self.history.seconds),
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
-        self.hparams.train_logger.log_stats(meta, self.train_stats, stats)
-        folder = Path(self.hparams.output_folder)
-        self.history.validations.append({**meta, **stats})
-        self.history.write(folder / "valid.jsonl")
         best = max(line["masked_accuracy"] for line in self.history.validations)
         if stats["masked_accuracy"] == best:
-            export_teacher(self.modules.hubert, folder / "teacher")
+            export_teacher(self.modules.hubert, Path(self.hparams.output_folder) / "teacher")
         self.checkpointer.save_and_keep_only(
-            meta={**meta, **stats}, max_keys=["masked_accuracy"], num_to_keep=1
+            meta=record, max_keys=["masked_accuracy"], num_to_keep=1
         )
-
-
-@register_checkpoint_hooks
-class History:
-    """Training seconds and validations so far; part of every checkpoint."""
-
-    def __init__(self):
-        self.seconds = 0.0
-        self.validations = []
-
-    def write(self, path):
-        """One validation a line, as JSON."""
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.validations))
-        os.replace(temporary, path)
-
-    @mark_as_saver
-    def _save(self, path):
-        Path(path).write_text(json.dumps(vars(self)))
-
-    @mark_as_loader
-    def _load(self, path, end_of_epoch):
-        vars(self).update(json.loads(Path(path).read_text()))
 
 
 def export_teacher(hubert: HubertModel, folder) -> None:

@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import time
-from pathlib import Path
 
 import speechbrain as sb
 import torch
@@ -13,10 +10,12 @@ from speechbrain.nnet.losses import ctc_loss
 from torch.utils.data import Dataset
 
 from pi_finetune import metrics
+from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.data.audio import SAMPLE_RATE, read_audio
 from pi_finetune.data.corpora import prepare_noise
 from pi_finetune.data.mixing import NoiseMixer
 from pi_finetune.errors import UserError
+from pi_finetune.files import write_text
 from pi_finetune.recognizers import save_recognizer
 from pi_finetune.seeding import utterance_rng
 
@@ -161,17 +160,12 @@ class EncodedSpeech(Dataset):
         return states[:, 0].transpose(0, 1).half().cpu()
 
 
-class RecognitionBrain(sb.Brain):
+class RecognitionBrain(UpdateBrain):
     """Trains ``modules.head`` with CTC; the best head by dev WER is exported to the run folder.
 
     An epoch is ``valid_every`` updates. From YAML it uses: ``output_folder, recognizer_name,
     encoder, tokenizer, lr_schedule, valid_every, train_loggers``.
     """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # A non-finite gradient must not reach the weights; nonfinite_patience ends such a run.
-        self.skip_nonfinite_grads = True
 
     def compute_forward(self, batch, stage):
         """Log-probabilities [B, F, V] and frame lengths [B] from a batch of encoded speech."""
@@ -189,44 +183,23 @@ class RecognitionBrain(sb.Brain):
         shares = frame_lengths / log_probs.shape[1]
         return ctc_loss(log_probs, batch.tokens.data, shares, batch.tokens.lengths, blank_index=0)
 
-    def on_fit_batch_start(self, batch, should_step):
-        """Set the learning rate from the number of updates made, which a resume knows."""
-        rate = self.hparams.lr_schedule.calculate_lr(self.optimizer_step + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
     def on_stage_start(self, stage, epoch=None):
-        """Start the clock of a training epoch, or the word errors of a validation."""
+        """Start the word errors of a validation."""
+        super().on_stage_start(stage, epoch)
         self.words = []
-        if stage == sb.Stage.TRAIN:
-            self.started = time.monotonic()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """After training note loss and time; after validation log, checkpoint, export the best."""
+        """After validation log, save a checkpoint, and export the head if it is the best."""
+        super().on_stage_end(stage, stage_loss, epoch)
         if stage == sb.Stage.TRAIN:
-            self.train_loss, self.seconds = float(stage_loss), time.monotonic() - self.started
+            self.train_loss = float(stage_loss)
             return
         scores = {"loss": float(stage_loss), "wer": metrics.wer(self.words)}
-        update = epoch * self.hparams.valid_every
-        history_file = Path(self.hparams.output_folder) / "valid.jsonl"
-        # A run that was cut off may have logged validations later than its last checkpoint.
-        history = [line for line in _read_lines(history_file) if line["update"] < update]
-        if history:
-            self.seconds += history[-1]["seconds"]
-        record = {
-            "update": update,
-            "seconds": round(self.seconds, 2),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "train_loss": self.train_loss,
-            **scores,
-        }
-        meta = {k: record[k] for k in ("update", "seconds", "lr")}
-        for train_logger in self.hparams.train_loggers:
-            train_logger.log_stats(meta, {"loss": self.train_loss}, scores)
+        earlier = [(line["wer"], line["loss"]) for line in self.history.validations]
+        record = self.log_validation(epoch, {"loss": self.train_loss}, scores)
         if not sb.utils.distributed.if_main_process():
             return
-        write_lines(history_file, [*history, record])
-        if all((record["wer"], record["loss"]) < (line["wer"], line["loss"]) for line in history):
+        if all((record["wer"], record["loss"]) < line for line in earlier):
             head = getattr(self.modules.head, "module", self.modules.head)  # DDP wraps it
             save_recognizer(
                 self.hparams.output_folder,
@@ -280,12 +253,6 @@ def transcribe_set(recognizer, manifest, mixer=None, snr=None, seed=0, batch_siz
     return records
 
 
-def _read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def write_lines(path, records):
     """Write JSON lines, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))

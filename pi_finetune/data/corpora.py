@@ -7,8 +7,6 @@ the corpus states it, ``"snr"`` and ``"noise_class"``.
 """
 
 import fnmatch
-import json
-import os
 import zlib
 from pathlib import Path
 
@@ -250,12 +248,3 @@ def _time_cut(split):
         edges[name] = (start, min(1.0, start + share))
         start = edges[name][1]
     return edges[split]
-
-
-def write_manifest(manifest, path):
-    """Write a manifest as JSON, atomically: SpeechBrain's ``from_json`` can read it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(manifest, indent=1))
-    os.replace(temporary, path)

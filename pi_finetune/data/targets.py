@@ -4,7 +4,6 @@ HuBERT (Hsu et al., 2021) clusters MFCC at first, and a layer of an earlier mode
 that model can be any :class:`~pi_finetune.teacher.Teacher`.
 """
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from pi_finetune.data.audio import SAMPLE_RATE, read_audio
 from pi_finetune.errors import UserError
+from pi_finetune.files import replacing
 from pi_finetune.seeding import utterance_rng
 from pi_finetune.teacher import Teacher
 
@@ -135,9 +135,8 @@ def make_targets(
         del features
     targets = {key: torch.from_numpy(labels[start:stop]) for key, (start, stop) in spans.items()}
     if path is not None:
-        temporary = Path(path).with_suffix(".tmp")
-        torch.save({"made_from": made_from, "targets": targets}, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save({"made_from": made_from, "targets": targets}, temporary)
     return targets
 
 

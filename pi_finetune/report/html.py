@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from pi_finetune.files import write_text
 from pi_finetune.report import examples as audio
 from pi_finetune.report import plots, tables
 from pi_finetune.report.comparison import DEV_METRICS
@@ -93,7 +94,7 @@ def write_report(
         versions=_versions(),
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
     )
-    tables.write_text(path, page)
+    write_text(path, page)
     return Path(path)
 
 

@@ -8,11 +8,12 @@ elsewhere.
 import csv
 import io
 import math
-import os
 import re
 from pathlib import Path
 
 import numpy as np
+
+from pi_finetune.files import write_text
 
 MISSING = "–"
 
@@ -47,15 +48,6 @@ def write_tables(comparison, folder):
     for name, text in texts.items():
         write_text(folder / name, text)
     return [folder / name for name in texts]
-
-
-def write_text(path, text):
-    """Write a file under a temporary name, then rename it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 # Rows of numbers

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from voices import SAMPLE_RATE, VOICES, require_engines, speak
 
 from pi_finetune.errors import UserError, command
+from pi_finetune.files import write_text
 from pi_finetune.seeding import utterance_rng
 
 SPLITS = ("train", "dev", "test")
@@ -222,13 +223,6 @@ def _crc(data):
     for byte in data:
         value = (value << 8 & 0xFFFFFFFF) ^ _CRC[value >> 24 ^ byte]
     return value
-
-
-def write_text(path, text):
-    """Write a text file under a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_readme(folder):
