@@ -71,8 +71,8 @@ def ddtw(gamma):
     from ddtw.ddtw_variants import SDTW
 
     backend = "cuda_cpp" if torch.cuda.is_available() else "cpu_numba"
-    loss = SDTW(gamma=gamma, backend=backend)
-    return lambda x, y: loss(C=squared_distances(x, y))
+    loss = SDTW(gamma=gamma, backend=backend, normalization="none")
+    return lambda x, y: loss(C=squared_distances(x, y)) * len(x)  # it returns the mean
 
 
 OURS = {f"pi_finetune ({name})": ours(name) for name in ("cpu", "triton", "reference")}
@@ -199,6 +199,30 @@ def versions(names):
     return found
 
 
+def show(result):
+    """Print a results file as it was printed when it was made."""
+    print(f"{result['device']}, {result['threads']} threads, gamma {result['gamma']}, ", end="")
+    print(", ".join(f"{package} {version}" for package, version in result["versions"].items()))
+    for label, part in result["shapes"].items():
+        show_shape(label, part)
+
+
+def show_shape(label, part):
+    load = "" if part["load_before"] is None else f", load average {part['load_before']:.1f}"
+    print(f"\n{label}: B, N, M, D = {', '.join(map(str, part['B, N, M, D']))}{load}\n")
+    print("| | median ms | quartiles ms | to products | peak MB | gradient error |")
+    print("|---|---|---|---|---|---|")
+    for row in part["results"]:
+        low, high = row["quartiles_ms"]
+        memory = "" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}"
+        error = f"{row['gradient_error']:.0e}" if "gradient_error" in row else ""
+        print(
+            f"| {row['name']} | {row['median_ms']:.1f} | {low:.1f} to {high:.1f} "
+            f"| {row['to_products']:.2f} | {memory} | {error} |",
+            flush=True,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=["S", "M", "L"], help="S, M, L or B,N,M,D")
@@ -209,7 +233,10 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--reference", action="store_true", help="also time the plain reference")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
+    parser.add_argument("--show", type=pathlib.Path, help="print a results file and run nothing")
     arguments = parser.parse_args()
+    if arguments.show:
+        return show(json.loads(arguments.show.read_text()))
 
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -224,23 +251,14 @@ def main():
         "dtype": "float32",
         "shapes": {},
     }
-    print(f"{result['device']}, {arguments.threads} threads, {result['versions']}")
+    show(result)
     for label in arguments.shapes:
         shape = SHAPES.get(label) or tuple(map(int, label.split(",")))
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         rows = list(summary(measure(names, shape, arguments.gamma, arguments.repeats, device)))
-        result["shapes"][label] = {"B, N, M, D": shape, "load_before": load, "results": rows}
-        print(f"\n{label}: B, N, M, D = {shape}, gamma = {arguments.gamma}, load {load:.1f}")
-        print("| | median ms | quartiles ms | to products | peak MB | gradient error |")
-        print("|---|---|---|---|---|---|")
-        for row in rows:
-            low, high = row["quartiles_ms"]
-            memory = "" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}"
-            error = f"{row['gradient_error']:.0e}" if "gradient_error" in row else ""
-            print(
-                f"| {row['name']} | {row['median_ms']:.1f} | {low:.1f} to {high:.1f} "
-                f"| {row['to_products']:.2f} | {memory} | {error} |"
-            )
+        part = {"B, N, M, D": shape, "load_before": load, "results": rows}
+        result["shapes"][label] = part
+        show_shape(label, part)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
