@@ -39,7 +39,7 @@ def _keys(path):
 
 
 #: Flags of SpeechBrain itself that the READMEs use.
-RUN_OPTIONS = {"device", "precision", "debug", "test_only", "noprogressbar"}
+RUN_OPTIONS = {"optimizer_step_limit", "device", "precision", "debug", "test_only", "noprogressbar"}
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -33,6 +33,8 @@ def start_run(argv):
         The settings are wrong, or the folder holds a run with others.
     """
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    if run_opts.get("optimizer_step_limit") is not None:  # SpeechBrain 1.1 leaves it a string
+        run_opts["optimizer_step_limit"] = int(run_opts["optimizer_step_limit"])
     sb.utils.distributed.ddp_init_group(run_opts)
     hparams, resolved = load_hparams(hparams_file, overrides)
     if hparams["updates"] % hparams["valid_every"]:
