@@ -33,8 +33,6 @@ def start_run(argv):
         The settings are wrong, or the folder holds a run with others.
     """
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    if run_opts.get("optimizer_step_limit") is not None:  # SpeechBrain 1.1 leaves it a string
-        run_opts["optimizer_step_limit"] = int(run_opts["optimizer_step_limit"])
     sb.utils.distributed.ddp_init_group(run_opts)
     hparams, resolved = load_hparams(hparams_file, overrides)
     if hparams["updates"] % hparams["valid_every"]:
@@ -80,6 +78,8 @@ class UpdateBrain(sb.Brain):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.optimizer_step_limit is not None:  # SpeechBrain 1.1 reads it as a string
+            self.optimizer_step_limit = int(self.optimizer_step_limit)
         self.history = History()
         self.skipped_in_a_row = 0
         if self.checkpointer is not None:
