@@ -355,7 +355,8 @@ def content_free_similarity(teacher, wavs, far_seconds=1.5, layers=None, batch_s
     (list of dict, list of dict)
         ``layer, offset, similarity, frame_pairs``, and per layer ``layer, equal, far, difference``.
         ``far`` is the mean over all pairs of frames at least ``far_seconds`` apart, ``difference``
-        is ``equal - far``: 1 for a pure code of position, 0 without any.
+        is ``equal - far``: 0 without position, 1 for a code of it whose far values are unlike one
+        another, and more where they are opposed, as those of slow sinusoids.
     """
     whole = torch.cat(list(_states(teacher, wavs, batch_size, layers=layers)))
     first_far = round(far_seconds * SAMPLE_RATE / teacher.hop)
@@ -450,6 +451,8 @@ def position_probe(teacher, wavs, layers=None, batch_size=8, seed=0):
     Every crop is cut to a length drawn between half and all of it, so that the distance to the end
     is not the mirror image of the index. The shuffled baseline permutes the targets within each
     utterance: what it reaches comes from knowing the utterance's length, not the place in it.
+    ``r2_of_other`` is what exact knowledge of the other target alone would reach linearly: a
+    teacher that counts from the start knows the end as well as that.
 
     Arguments
     ---------
@@ -461,8 +464,8 @@ def position_probe(teacher, wavs, layers=None, batch_size=8, seed=0):
     Returns
     -------
     list of dict
-        ``layer, target (index or to_end), r2, r2_shuffled, penalty, train_utterances,
-        held_out_utterances, frames``.
+        ``layer, target (index or to_end), r2, r2_shuffled, r2_of_other, penalty,
+        train_utterances, held_out_utterances, frames``.
     """
     if len(wavs) < MIN_UTTERANCES:
         raise UserError(
@@ -493,6 +496,7 @@ def position_probe(teacher, wavs, layers=None, batch_size=8, seed=0):
         axis=1,
     )
     held_out = round(len(sizes) / 3)
+    of_other = np.corrcoef(index, to_end)[0, 1] ** 2
     records = []
     for i, layer in enumerate(view.layers):
         r2, penalties = ridge_probe(states[:, i], targets, groups, seed=seed)
@@ -503,6 +507,7 @@ def position_probe(teacher, wavs, layers=None, batch_size=8, seed=0):
                     "target": target,
                     "r2": _number(r2[k]),
                     "r2_shuffled": _number(r2[k + 2]),
+                    "r2_of_other": _number(of_other),
                     "penalty": _number(penalties[k]),
                     "train_utterances": len(sizes) - held_out,
                     "held_out_utterances": held_out,

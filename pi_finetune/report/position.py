@@ -178,7 +178,7 @@ def _dodged(axes, records, group, place, value):
     axes.axhline(0, color="#555555", linewidth=0.8)
     axes.set_xticks(range(len(places)), [str(name).replace("_", " ") for name in places])
     axes.grid(visible=False, axis="x")
-    axes.legend(ncols=2)
+    axes.figure.legend(loc="outside lower center", ncols=4)
 
 
 def _draw_share(axes, records):
