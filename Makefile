@@ -17,8 +17,8 @@ $(VENV)/.complete: requirements.txt constraints.txt pyproject.toml
 	  sys.exit(0 if os.path.exists(s.get_path("include") + "/Python.h") else "error: the pesq package needs the Python headers; on Debian: apt-get install python3-dev")'
 	@echo "== setting up $(VENV) (about 5 GB, some minutes)"
 	$(PYTHON) -m venv "$(VENV)"
-	# pesq's setup needs NumPy and a setuptools it can import.
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "numpy<2.4" setuptools wheel
+	# pesq needs NumPy to be built, this project a setuptools that knows licence expressions.
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "numpy<2.4" "setuptools>=77" wheel
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch "$@"
