@@ -482,7 +482,7 @@ def test_the_recipe_writes_lines_figures_and_a_section(probe, capsys):
     section = report.position_section(folder)
     assert section.count("data:image/svg+xml") == 4 and "similarity.jsonl" in section
     first = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
-    probe()
+    probe(diagnostics="[probe, share]")
     assert first == {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
 
 
