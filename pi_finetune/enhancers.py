@@ -328,7 +328,7 @@ class MaskEnhancer(WaveformEnhancer):
         power = spectra.square().sum(-1)  # [B, N, bins + 1]
         around = dict(kernel_size=2 * self.level_frames + 1, stride=1, padding=self.level_frames)
         weight = valid.to(power.dtype)
-        level = F.avg_pool1d(power.mean(-1) * weight, **around)
+        level = F.avg_pool1d(power.mean(-1), **around)  # padded frames have no power
         level = level / F.avg_pool1d(weight, **around).clamp(min=1e-6) + 1e-10
         power = power / level[..., None] + 1e-6
         scale = power ** ((self.compression - 1) / 2) / level.sqrt()[..., None]
