@@ -4,6 +4,7 @@ import difflib
 import io
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 import ruamel.yaml
 from hyperpyyaml import load_hyperpyyaml, resolve_references
@@ -71,10 +72,11 @@ def _merged_tree(path, _seen=()):
         text = path.read_text()
     except OSError as error:
         raise UserError(f"Cannot read the experiment file {path}: {error.strerror}.") from None
-    # Includes become absolute here, since the merged text has no folder of its own.
+    # Includes become absolute here, since the merged text has no folder of its own. A YAML tag
+    # ends at a blank, which %20 stands for.
     text = re.sub(
         r"!include:([^\s,}\]]+)",
-        lambda match: f"!include:{(path.parent / match.group(1)).resolve()}",
+        lambda match: f"!include:{quote(str((path.parent / match.group(1)).resolve()))}",
         text,
     )
     try:

@@ -117,10 +117,15 @@ def si_sdr(reference, estimate):
         return None
     reference = reference - reference.mean()
     estimate = estimate - estimate.mean()
-    target = (estimate @ reference) / (reference @ reference) * reference
-    error = estimate - target
-    floor = np.finfo(np.float64).eps * (estimate @ estimate)
-    return float(10 * np.log10((target @ target + floor) / (error @ error + floor)))
+    target = np.sum(estimate * reference) / _energy(reference) * reference
+    floor = np.finfo(np.float64).eps * _energy(estimate)
+    ratio = (_energy(target) + floor) / (_energy(estimate - target) + floor)
+    return float(10 * np.log10(ratio))
+
+
+def _energy(wav):
+    # Not a BLAS product, whose last digits depend on its number of threads.
+    return np.sum(wav * wav)
 
 
 def signal_scores(reference, estimate):

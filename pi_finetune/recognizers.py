@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from speechbrain.decoders.ctc import ctc_greedy_decode
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers.utils import logging
 
 from pi_finetune.config import PROJECT_ROOT
@@ -185,7 +184,8 @@ class CTCHead(nn.Module):
     """Learned weighted sum of an encoder's layers, then BLSTM and CTC over characters.
 
     The recipe of SUPERB (Yang et al. 2021): one softmax weight per layer, each
-    layer first normalised to zero mean and unit variance per frame.
+    layer first normalised per frame. The sum is normalised over each utterance, as
+    cepstra are: most of what tells speakers apart is constant.
 
     Arguments
     ---------
@@ -200,7 +200,7 @@ class CTCHead(nn.Module):
     depth : int
         BLSTM layers.
     dropout : float
-        Before the projection, between and after the BLSTM layers.
+        Before the projection and after each BLSTM layer.
     """
 
     def __init__(self, num_layers, dim, num_outputs, hidden=192, depth=2, dropout=0.2):
@@ -216,14 +216,9 @@ class CTCHead(nn.Module):
         self.layer_weights = nn.Parameter(torch.zeros(num_layers))
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(dim, hidden)
-        self.blstm = nn.LSTM(
-            hidden,
-            hidden,
-            depth,
-            batch_first=True,
-            bidirectional=True,
-            dropout=dropout if depth > 1 else 0.0,
-        )
+        widths = [hidden] + [2 * hidden] * (depth - 1)
+        self.forwards = nn.ModuleList(nn.LSTM(w, hidden, batch_first=True) for w in widths)
+        self.backwards = nn.ModuleList(nn.LSTM(w, hidden, batch_first=True) for w in widths)
         self.output = nn.Linear(2 * hidden, num_outputs)
 
     @classmethod
@@ -235,12 +230,25 @@ class CTCHead(nn.Module):
         """Log-probabilities [B, F, V] from states [L + 1, B, F, D] and lengths [B] in frames."""
         states = F.layer_norm(states.float(), states.shape[-1:])
         x = torch.einsum("l,lbfd->bfd", self.layer_weights.softmax(0), states)
-        x = self.projection(self.dropout(x))
-        # Not speechbrain.nnet.RNN: it turns relative lengths into frames by truncation, and so
-        # drops the last frame of some items.
-        x = pack_padded_sequence(x, frame_lengths.cpu(), batch_first=True, enforce_sorted=False)
-        x, _ = pad_packed_sequence(self.blstm(x)[0], batch_first=True, total_length=states.shape[2])
-        return self.output(self.dropout(x)).log_softmax(-1)
+        x = self.projection(self.dropout(_normalised_over_time(x, frame_lengths)))
+        # Each item reversed within its length, and both directions run on plain tensors: exact
+        # with right padding, and on a CPU 4 to 8 times as fast as PyTorch's packed sequences.
+        time = torch.arange(x.shape[1], device=x.device)
+        last = frame_lengths[:, None] - 1
+        mirror = torch.where(time <= last, last - time, time)[..., None]
+        for forwards, backwards in zip(self.forwards, self.backwards):
+            reverse = backwards(x.gather(1, mirror.expand_as(x)))[0]
+            x = torch.cat([forwards(x)[0], reverse.gather(1, mirror.expand_as(reverse))], dim=-1)
+            x = self.dropout(x)
+        return self.output(x).log_softmax(-1)
+
+
+def _normalised_over_time(x, lengths):
+    """x [B, F, D] with zero mean and unit variance of each dimension over the valid frames [B]."""
+    valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    count = lengths[:, None, None]
+    x = (x - (x * valid[..., None]).sum(1, keepdim=True) / count) * valid[..., None]
+    return x / ((x.square().sum(1, keepdim=True) / count).sqrt() + 1e-3)
 
 
 class CharacterTokenizer:

@@ -1,6 +1,7 @@
 """YAML loading: extends, includes, overrides, and what is said when they are wrong."""
 
 from collections import Counter
+from urllib.parse import quote
 
 import pytest
 
@@ -18,8 +19,10 @@ made: !new:collections.Counter
 """
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(params=["plain", "with a blank"])
+def folder(tmp_path, request):
+    tmp_path = tmp_path / request.param
+    tmp_path.mkdir()
     (tmp_path / "blocks").mkdir()
     (tmp_path / "blocks" / "block.yaml").write_text("!new:collections.Counter\nx: 5\ny: 2\n")
     (tmp_path / "base.yaml").write_text(BASE)
@@ -41,7 +44,7 @@ def test_extends_replaces_whole_values_and_keeps_references(folder):
 
 
 def test_a_block_can_be_exchanged_on_the_command_line(folder):
-    override = f"made: !include:{folder}/blocks/block.yaml"
+    override = f"made: !include:{quote(str(folder))}/blocks/block.yaml"
     hparams, _ = load_hparams(folder / "child.yaml", override)
     assert hparams["made"] == Counter(x=5, y=2)
 

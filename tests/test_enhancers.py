@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -283,7 +284,7 @@ class TestMask:
     def test_default_size_and_yaml(self):
         model = MaskEnhancer()
         assert 5e5 < sum(p.numel() for p in model.parameters()) < 8e5
-        text = f"width: 64\nenhancer: !include:{HPARAMS}/enhancers/mask.yaml\n"
+        text = f"width: 64\nenhancer: !include:{quote(str(HPARAMS))}/enhancers/mask.yaml\n"
         assert load_hyperpyyaml(text)["enhancer"].config == model.config
         changed = load_hyperpyyaml(text + "    dim: !ref <width>\n")["enhancer"].config
         assert changed["arguments"] == {**model.config["arguments"], "dim": 64}
@@ -316,7 +317,7 @@ class TestMask:
 
 class TestUNet:
     def test_default_size_and_yaml(self):
-        text = f"enhancer: !include:{HPARAMS}/enhancers/unet.yaml\n"
+        text = f"enhancer: !include:{quote(str(HPARAMS))}/enhancers/unet.yaml\n"
         model = load_hyperpyyaml(text)["enhancer"]
         assert model.config == UNetEnhancer().config
         assert sum(p.numel() for p in model.parameters()) < 2e6
@@ -341,7 +342,7 @@ class TestUNet:
 
 class TestConvTasNet:
     def test_yaml(self):
-        text = f"enhancer: !include:{HPARAMS}/enhancers/conv_tasnet.yaml\n"
+        text = f"enhancer: !include:{quote(str(HPARAMS))}/enhancers/conv_tasnet.yaml\n"
         assert load_hyperpyyaml(text)["enhancer"].config == ConvTasNet().config
 
     @pytest.mark.parametrize("norm", ["gLN", "cLN"])
@@ -424,7 +425,7 @@ class TestSpeechBrain:
 
     def test_yaml_block(self, speechbrain_models):
         text = (
-            f"enhancer: !include:{HPARAMS}/enhancers/speechbrain_pretrained.yaml\n"
+            f"enhancer: !include:{quote(str(HPARAMS))}/enhancers/speechbrain_pretrained.yaml\n"
             f"    source: {speechbrain_models}/waveform\n"
         )
         assert isinstance(load_hyperpyyaml(text)["enhancer"], SpeechBrainEnhancer)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -424,7 +425,7 @@ def probe(corpus, noises, tiny_teacher, tmp_path):
     )
     (tmp_path / "small_mse.yaml").write_text(
         f"extends: {ROOT}/hparams/mse.yaml\nstrategy: small_mse\n"
-        f"enhancer: !include:{tmp_path}/pre/block.yaml\nvalid_max_seconds: 5\n"
+        f"enhancer: !include:{quote(str(tmp_path))}/pre/block.yaml\nvalid_max_seconds: 5\n"
     )
     causal = {
         "noise_folder": str(noises),

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def train(corpus, noises, tiny_teacher, pretrained, tmp_path):
             "data_folder": corpus,
             "noise_folder": noises,
             "teacher_source": tiny_teacher,
-            "enhancer": f"!include:{pretrained}/block.yaml",
+            "enhancer": f"!include:{quote(str(pretrained))}/block.yaml",
             "enhancer_weights": pretrained,
             "asr_source": "null",
             "select_by": "si_sdr",
