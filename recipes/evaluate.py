@@ -32,7 +32,7 @@ def main(argv):
         folder = Path(run)
         if run in ("noisy", "pretrained"):
             folder = Path(hparams["results_folder"], run, "0")
-        enhancer = None if weights is None else load_enhancer(weights).to(device).eval()
+        enhancer = None if weights is None else load_enhancer(weights, trust=hparams["trust"]).to(device).eval()
         systems.append((folder, enhancer, weights))
 
     for folder, enhancer, weights in systems:

@@ -88,6 +88,13 @@ def test_divergence_of_equals_is_0():
     assert max(loss.abs().max(), gx.abs().max(), gy.abs().max()) < 1e-4
 
 
+def test_nan_in_a_valid_frame_reaches_the_loss_and_no_other_item():
+    x, y = features(2, 5, 4)
+    x[0, 2, 1] = float("nan")
+    loss = soft_dtw(x, y, backend="triton")
+    assert loss[0].isnan() and loss[1].isfinite()
+
+
 def test_float64_is_exact():
     x, y = features(1, 5, 4, D=3, dtype=torch.float64)
     got = value_and_gradients(x, y, gamma=0.1, divergence=True, backend="triton")
