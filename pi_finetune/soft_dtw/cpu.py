@@ -36,7 +36,7 @@ from .cost import unit, unit_backward
 STATE_DTYPE = torch.float64
 
 LANES = 64  # rows of a strip: 4 AVX-512 or 8 AVX2 vectors of float32, enough to hide latencies
-STEPS = 64  # steps of a tile; its costs and weights (16 KB each) stay in the L2 cache
+STEPS = 64  # steps of a tile; its costs (32 KB) and weights (48 KB) stay in the L2 cache
 
 # "Infinite" R and cost, finite so that differences are never NaN. Sums of BIG stay far above any
 # real R, and float32 holds both.

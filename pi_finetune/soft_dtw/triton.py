@@ -124,7 +124,7 @@ def forward_kernel(
             up, beside, corner = tl.exp2(best - h_in), tl.exp2(best - v), tl.exp2(best)
             weight_sum = up + beside + corner
             if CLAMP:
-                d0 = tl.maximum(d0, 0.0)
+                d0 = tl.maximum(d0, 0.0, propagate_nan=tl.PropagateNan.ALL)
             rise = d0 - _log2(weight_sum, FAST_LOG)
             inside = (j >= lo) & (j < hi)
             h_next, v_next = rise + (best - v), rise + (best - h_in)
