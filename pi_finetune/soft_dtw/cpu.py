@@ -470,7 +470,8 @@ def _layout(B, N, M, divergence, x_grad, y_grad):
     layout, at, state_at = [], 0, 0
     for row, column, P, Q, saved in kinds:
         layout.append((row, column, P, Q, saved, at, state_at))
-        at, state_at = at + saved * B * P * Q, state_at + saved * B * _state_size(P, Q)
+        if saved:
+            at, state_at = at + B * P * Q, state_at + B * _state_size(P, Q)
     return layout, (at, state_at)
 
 
