@@ -355,23 +355,22 @@ def test_inputs_are_not_written(backend):
 
 
 @both
-def test_compiles_into_one_graph(backend):
-    x, y = features(2, 20, 10)
-    n = torch.tensor([20, 4])
-
-    def loss(x, y):
+@pytest.mark.parametrize("y_grad", [False, True])
+def test_compiles_into_one_graph_for_all_shapes(backend, y_grad):
+    def loss(x, y, n):
         return soft_dtw(x * 2, y, n, gamma=0.1, divergence=True, backend=backend).sum()
 
-    got, want = [], []
-    for function, out in (
-        (torch.compile(loss, backend="aot_eager", fullgraph=True), got),
-        (loss, want),
-    ):
-        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
-        value = function(a, b)
-        value.backward()
-        out += [value.detach(), a.grad, b.grad]
-    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for N, M in ((20, 10), (70, 30)):
+        results = []
+        for function in (compiled, loss):
+            torch.manual_seed(N)
+            x, y = features(2, N, M)
+            x.requires_grad_(), y.requires_grad_(y_grad)
+            value = function(x, y, torch.tensor([N, 4]))
+            value.backward()
+            results.append((value.detach(), x.grad, y.grad if y_grad else value.detach()))
+        assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @both
