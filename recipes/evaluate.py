@@ -32,7 +32,9 @@ def main(argv):
         folder = Path(run)
         if run in ("noisy", "pretrained"):
             folder = Path(hparams["results_folder"], run, "0")
-        enhancer = None if weights is None else load_enhancer(weights, trust=hparams["trust"]).to(device).eval()
+        enhancer = None
+        if weights is not None:
+            enhancer = load_enhancer(weights, trust=hparams["trust"]).to(device).eval()
         systems.append((folder, enhancer, weights))
 
     for folder, enhancer, weights in systems:
