@@ -109,15 +109,15 @@ class WhisperRecognizer:
     def _transcribe(self, wavs):
         device = wavs[0].device
         long = len(wavs[0]) > self.SECONDS * SAMPLE_RATE
-        inputs = self.extractor(
-            [wav.cpu().numpy() for wav in wavs],
-            sampling_rate=SAMPLE_RATE,
-            return_tensors="pt",
-            return_attention_mask=True,
-            **({"truncation": False, "padding": "longest"} if long else {}),
-        ).to(device)
         model = self.model.to(device)
         with torch.autocast(device.type, enabled=False), _quiet_transformers():
+            inputs = self.extractor(
+                [wav.float().cpu().numpy() for wav in wavs],
+                sampling_rate=SAMPLE_RATE,
+                return_tensors="pt",
+                return_attention_mask=True,
+                **({"truncation": False, "padding": "longest"} if long else {}),
+            ).to(device)
             tokens = model.generate(
                 **inputs,
                 **self.options,
