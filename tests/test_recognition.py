@@ -396,16 +396,19 @@ def test_augmentation_draws_for_itself(noises):
     assert torch.equal(never(wav, np.random.default_rng(0)), wav)
 
 
-def test_what_cannot_be_trained_on_is_left_out_or_named(manifest, encoder):
+def test_what_cannot_be_trained_on_is_left_out_or_named(manifest, encoder, monkeypatch):
     first, second, third = list(manifest)[:3]
     changed = {key: dict(manifest[key]) for key in (first, second, third)}
     changed[first]["text"] = None
     changed[second]["text"] = "A" * 60  # with blanks 119 frames; 2.4 s at most have 119
     changed[second]["duration"] = 2.0
-    train = EncodedSpeech(changed, encoder, CharacterTokenizer(), spellable=True)
+    train = EncodedSpeech(changed, encoder, CharacterTokenizer(), trainable=True)
     valid = EncodedSpeech(changed, encoder, CharacterTokenizer())
     assert [item[0] for item in train.items] == [third]
     assert [item[0] for item in valid.items] == [second, third]
+    monkeypatch.setattr(encoder, "max_length", 16000)  # Whisper has 30 s
+    with pytest.raises(UserError, match="transcript"):
+        EncodedSpeech({third: changed[third]}, encoder, CharacterTokenizer(), trainable=True)
     with pytest.raises(UserError, match="transcript"):
         EncodedSpeech({first: changed[first]}, encoder, CharacterTokenizer())
     changed[third]["text"] = "ROOM 5"

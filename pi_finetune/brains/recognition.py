@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import speechbrain as sb
 import torch
@@ -80,8 +81,9 @@ class EncodedSpeech(Dataset):
         Seed of the augmentation.
     cache_gb : float
         Memory for the states, kept as float16; what does not fit is computed again.
-    spellable : bool
-        Whether utterances too short for their text are left out (set it for training).
+    trainable : bool
+        Whether utterances too short for their text or too long for the encoder, at any speed, are
+        left out (set it for training). Default: False.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class EncodedSpeech(Dataset):
         views=1,
         seed=0,
         cache_gb=1.0,
-        spellable=False,
+        trainable=False,
     ):
         self.encoder = encoder
         self.augmentation = augmentation
@@ -107,7 +109,7 @@ class EncodedSpeech(Dataset):
                 tokens = tokenizer.encode(entry["text"] or "")
             except UserError as error:
                 raise UserError(f"{entry['wav']}: {error}") from None
-            if tokens and not (spellable and self._too_short(entry, tokens)):
+            if tokens and (not trainable or self._fits(entry, tokens)):
                 self.items.append((key, entry, tokens))
         if not self.items:
             raise UserError(
@@ -115,15 +117,23 @@ class EncodedSpeech(Dataset):
                 "scored. LibriSpeech keeps them in SPEAKER-CHAPTER.trans.txt beside the audio."
             )
         if len(self.items) < len(manifest):
-            logger.info(f"Left out {len(manifest) - len(self.items)} utterances: no usable text.")
+            logger.info(
+                f"Left out {len(manifest) - len(self.items)} utterances: no text, or of a length "
+                "that cannot be trained on."
+            )
 
-    def _too_short(self, entry, tokens):
+    def _fits(self, entry, tokens):
         # CTC needs a frame for each character, and a blank between equal ones.
         needed = len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
-        fastest = 1.0
+        speeds = [100]
         if self.augmentation is not None:
-            fastest = max(speed.speeds[0] for speed in self.augmentation.speeds) / 100
-        return self.encoder.frames(int(entry["duration"] * SAMPLE_RATE / fastest)) < needed
+            speeds = [speed.speeds[0] for speed in self.augmentation.speeds]
+        shortest, longest = (
+            math.ceil(entry["duration"] * SAMPLE_RATE * 100 / speed)
+            for speed in (max(speeds), min(speeds))
+        )
+        limit = self.encoder.max_length
+        return self.encoder.frames(shortest) >= needed and (limit is None or longest <= limit)
 
     def __len__(self):
         return len(self.items)
