@@ -1,0 +1,397 @@
+"""Cells of an ablation, strategies x teachers x seeds: what is to run, what is done, running it.
+
+A cell is a run of ``recipes/train.py`` and of ``recipes/evaluate.py`` with the very options a user
+would type. It is done when its stamp, ``ablation.json`` in its folder, says so; every other cell is
+begun or, since both recipes resume, continued.
+"""
+
+import fcntl
+import itertools
+import json
+import logging
+import os
+import runpy
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi_finetune.config import PROJECT_ROOT
+from pi_finetune.errors import UserError
+from pi_finetune.files import write_text
+from pi_finetune.report.comparison import DEV_METRICS
+from pi_finetune.report.runs import read_json_lines
+
+logger = logging.getLogger(__name__)
+
+STAMP = "ablation.json"
+HPARAMS = PROJECT_ROOT / "hparams"
+
+
+class CommandFailed(Exception):
+    """A recipe ended with an error; ``args`` are its command line and exit status."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One folder of the ablation and the recipes that fill it.
+
+    Arguments
+    ---------
+    folder : Path
+        The run folder.
+    commands : callable
+        Gives the command lines, lists of words without ``python``, once ``needs`` are done.
+    needs : tuple of Cell
+        What must be done before.
+    """
+
+    folder: Path
+    commands: callable
+    needs: tuple = ()
+
+    def done(self):
+        """Whether the stamp says that these very commands have been run to their end.
+
+        Raises
+        ------
+        UserError
+            The folder was filled by other commands.
+        """
+        stamp = self.folder / STAMP
+        if not stamp.exists():
+            return False
+        earlier, now = json.loads(stamp.read_text()), self.commands()
+        if earlier["commands"] != now:
+            before, after = (
+                {shlex.join(option) for command in commands for option in _options(command)}
+                for commands in (earlier["commands"], now)
+            )
+            raise UserError(
+                f"{self.folder} was made with other settings: {', '.join(sorted(before - after))} "
+                f"instead of {', '.join(sorted(after - before))}. Remove it, or choose another "
+                "results_folder."
+            )
+        return earlier["complete"]
+
+
+def _options(command):
+    """[recipe], [yaml], [--key, value] and so on."""
+    starts = [i for i, word in enumerate(command) if i < 2 or word.startswith("--")]
+    return [command[i:j] for i, j in itertools.pairwise([*starts, len(command)])]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker does: run a cell's commands one after the other, in this very process.
+
+    So that killing the worker kills the training. Two workers never fill one folder at once.
+    """
+
+    folder: Path
+    commands: list
+    threads: int
+
+    def __call__(self):
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)  # before torch is imported
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f".{STAMP}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.folder}: another process is working there.") from None
+            self._stamp(complete=False)
+            for command in self.commands:
+                run_recipe(command)
+            self._stamp(complete=True)
+
+    def _stamp(self, complete):
+        stamp = {"commands": self.commands, "complete": complete}
+        write_text(self.folder / STAMP, json.dumps(stamp, indent=1))
+
+    def checkpoint(self):
+        """Called by submitit when a cluster takes the worker away: be queued again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def run_recipe(command):
+    """Run ``python COMMAND`` in this process.
+
+    Arguments
+    ---------
+    command : list of str
+        A recipe's path, relative to the project, and its arguments.
+
+    Raises
+    ------
+    CommandFailed
+        It exited with a status other than 0.
+    """
+    arguments = sys.argv
+    sys.argv = [str(PROJECT_ROOT / command[0]), *command[1:]]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise CommandFailed(f"python {shlex.join(command)}", end.code) from None
+    finally:
+        sys.argv = arguments
+
+
+class Ablation:
+    """The cells of an ``ablation.yaml``.
+
+    Cells lie where ``recipes/compare.py`` finds them: ``RESULTS/TEACHER/STRATEGY/SEED``, controls
+    that need no teacher in ``RESULTS/controls``, ``noisy/0`` and ``pretrained/0`` in ``RESULTS``,
+    and the runs of the learning-rate search apart from all in ``RESULTS/search``.
+
+    Arguments
+    ---------
+    hparams : dict
+        The loaded file; its keys are explained there.
+
+    Raises
+    ------
+    UserError
+        A setting is wrong.
+    """
+
+    def __init__(self, hparams):
+        self.hparams = hparams
+        self.results = Path(hparams["results_folder"]).resolve()
+        self.strategies = _mapping(hparams, "strategies")
+        self.controls = _mapping(hparams, "controls")
+        self.teachers = hparams["teachers"]
+        for key in ("seeds", "lrs"):
+            if not hparams[key]:
+                raise UserError(f"{key}: give at least one.")
+        both = set(self.strategies) & set(self.controls)
+        if both:
+            raise UserError(f"{', '.join(sorted(both))}: both in strategies and in controls.")
+        if self.strategies and not self.teachers:
+            raise UserError("teachers: give at least one, as NAME: {teacher_source: FOLDER}.")
+        for name in {"noisy", "pretrained", "controls", "search"} & set(self.teachers):
+            raise UserError(f"teachers: {name!r} is the name of a folder here; take another.")
+        self.groups = [
+            *((teacher, name) for teacher in self.teachers for name in self.strategies),
+            *(("controls", name) for name in self.controls),
+        ]
+        self.searches = {group: self._search(*group) for group in self.groups}
+
+    def cells(self):
+        """All cells, in the order in which they should run."""
+        untrained = [
+            Cell(self.results / name / "0", lambda name=name: [self._evaluation(name)])
+            for name in ("noisy", "pretrained")
+        ]
+        searches = [cell for group in self.groups for cell in self.searches[group].values()]
+        runs = [self._run(*group, seed) for seed in self.hparams["seeds"] for group in self.groups]
+        return untrained + searches + runs
+
+    def learning_rate(self, teacher, strategy):
+        """What the search on dev chose, once it is done: ``(rate, {rate: best dev score})``."""
+        cells = self.searches[teacher, strategy]
+        if not cells:
+            return self.hparams["lrs"][0], {}
+        score = self.hparams["select_by"]
+        higher = score in {metric.name for metric in DEV_METRICS if metric.higher_is_better}
+        scores = {}
+        for rate, cell in cells.items():
+            lines = read_json_lines(cell.folder / "valid.jsonl")
+            values = [line[score] for line in lines if line.get(score) is not None]
+            if not values:
+                raise UserError(f"{cell.folder}/valid.jsonl: no {score}, which select_by names.")
+            scores[rate] = max(values) if higher else min(values)
+        best = max if higher else min
+        return best(scores, key=scores.get), scores
+
+    def comparisons(self):
+        """Command lines of ``recipes/compare.py``, one a teacher, over what has been scored."""
+        commands = []
+        shared = [self.results / name for name in ("noisy", "pretrained", "controls")]
+        shared = [folder for folder in shared if any(folder.rglob("scores"))]
+        for teacher in self.teachers or ["controls"]:
+            folder = self.results / teacher
+            if any(folder.rglob("scores/*.jsonl")):
+                paths = dict.fromkeys([*shared, folder])
+                options = _flags({"output_folder": folder, **self.hparams["compare"]})
+                commands.append(["recipes/compare.py", *map(str, paths), *options])
+        return commands
+
+    def _search(self, teacher, strategy):
+        rates = self.hparams["lrs"]
+        if len(rates) == 1:
+            return {}
+        updates = self.hparams["search_updates"]
+        every = self.hparams["train"]["valid_every"]
+        if updates % every:
+            raise UserError(f"search_updates: must be a multiple of valid_every ({every}).")
+        seed = self.hparams["search_seed"]
+        cells = {}
+        for rate in rates:
+            place = self.results / "search" / f"lr_{rate:g}" / teacher
+            command = self._training(place, teacher, strategy, seed, rate, updates=updates)
+            cells[rate] = Cell(place / strategy / str(seed), lambda command=command: [command])
+        return cells
+
+    def _run(self, teacher, strategy, seed):
+        place = self.results / teacher
+        folder = place / strategy / str(seed)
+
+        def commands():
+            rate, _ = self.learning_rate(teacher, strategy)
+            training = self._training(place, teacher, strategy, seed, rate)
+            return [training, self._evaluation(str(folder))]
+
+        return Cell(folder, commands, tuple(self.searches[teacher, strategy].values()))
+
+    def _training(self, place, teacher, strategy, seed, rate, **changes):
+        own = dict(self.strategies.get(strategy) or self.controls.get(strategy) or {})
+        named = own.pop("hparams", f"{strategy}.yaml")
+        path = next((path for path in (Path(named), HPARAMS / named) if path.is_file()), None)
+        if path is None:
+            raise UserError(
+                f"{strategy}: {named} is neither a file nor in {HPARAMS}. Name the file of a "
+                f"strategy of your own with {strategy}: {{hparams: FILE}}."
+            )
+        settings = {
+            **self.hparams["train"],
+            **(self.teachers.get(teacher) or {}),
+            **own,
+            "lr": rate,
+            **changes,
+            "select_by": self.hparams["select_by"],
+            "strategy": strategy,
+            "seed": seed,
+            "results_folder": place,
+        }
+        return ["recipes/train.py", str(path), *_words(settings), "--noprogressbar"]
+
+    def _evaluation(self, run):
+        settings = {**self.hparams["evaluate"], "run": run, "results_folder": self.results}
+        return ["recipes/evaluate.py", str(HPARAMS / "evaluate.yaml"), *_words(settings)]
+
+
+def _mapping(hparams, key):
+    """{name: own settings}, also where the YAML file lists names only."""
+    value = hparams[key] or {}
+    if isinstance(value, list):
+        value = {name: {} for name in value}
+    return {name: settings or {} for name, settings in value.items()}
+
+
+def _words(settings):
+    """Settings as command-line words; lists and mappings in YAML's flow style, which JSON is."""
+    words = []
+    for key, value in settings.items():
+        value = str(value) if isinstance(value, str | Path) else json.dumps(value)
+        words += [f"--{key}", value]
+    return words
+
+
+def _flags(settings):
+    """Settings as words for argparse: True is a flag by itself, a list several words."""
+    words = []
+    for key, value in settings.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{key}", *map(str, values)]
+    return words
+
+
+def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=1.0):
+    """Run what is not done, at most ``workers`` cells at once.
+
+    A cell whose worker dies is submitted again; one that fails is named, and those that need it are
+    left out, while all others go on. On an interruption the workers are cancelled.
+
+    Arguments
+    ---------
+    cells : list of Cell
+    executor : submitit.Executor
+    workers : int, optional
+        Default: no limit, for a cluster with a queue of its own.
+    threads : int
+        CPU threads of a worker. Default: 1.
+    retries : int
+        How often a dead worker is replaced. Default: 2.
+    poll_seconds : float
+        Default: 1.
+
+    Returns
+    -------
+    dict
+        ``{folder: reason}`` of the cells that failed.
+    """
+    failed, tries, running = {}, {}, {}
+    started = time.monotonic()
+    waiting = []
+    for cell in cells:  # what needs a search is looked at when the search is done
+        if cell.needs or not cell.done():
+            waiting.append(cell)
+    total = len(waiting)
+    try:
+        while waiting or running:
+            for cell in list(waiting):
+                broken = [need.folder for need in cell.needs if need.folder in failed]
+                if broken:
+                    waiting.remove(cell)
+                    failed[cell.folder] = f"not run, since {broken[0]} failed"
+                    continue
+                if workers is not None and len(running) >= workers:
+                    continue
+                if any(need in waiting or need in running for need in cell.needs):
+                    continue
+                waiting.remove(cell)
+                try:
+                    if not cell.done():
+                        work = Work(cell.folder, cell.commands(), threads)
+                        running[cell] = executor.submit(work)
+                except UserError as error:
+                    failed[cell.folder] = str(error)
+            for cell, job in list(running.items()):
+                if not job.done():
+                    continue
+                del running[cell]
+                reason = _failure(job)
+                if reason is None and not cell.done():
+                    reason = f"its worker died; the end of its log {job.paths.stderr}:\n{_end(job)}"
+                    tries[cell] = tries.get(cell, 0) + 1
+                    if tries[cell] <= retries:
+                        logger.warning(f"{cell.folder}: the worker died; beginning again.")
+                        waiting.insert(0, cell)
+                        continue
+                if reason is not None:
+                    failed[cell.folder] = reason
+                finished = total - len(waiting) - len(running)
+                state = "failed" if reason else "done"
+                minutes = (time.monotonic() - started) / 60
+                logger.info(f"[{finished}/{total}, {minutes:.0f} min] {cell.folder}: {state}")
+            time.sleep(poll_seconds if running else 0)
+    except BaseException:
+        for job in running.values():
+            job.cancel()
+        raise
+    return failed
+
+
+def _failure(job):
+    """Why a finished job failed by an error of its own; None if it succeeded or was killed."""
+    error = job.exception()
+    if error is None:
+        return None
+    if "CommandFailed" in str(error) or "UserError" in str(error):  # submitit gives their traceback
+        return f"a command failed; the end of its log {job.paths.stderr}:\n{_end(job)}"
+    return None
+
+
+def _end(job, lines=3):
+    """The last lines of a worker's log that are not submitit's."""
+    path = job.paths.stderr
+    text = path.read_text(errors="replace").splitlines() if path.exists() else []
+    said = [line for line in text if line.strip() and "submitit" not in line]
+    return "\n".join(said[-lines:])
