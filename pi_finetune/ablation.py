@@ -20,8 +20,6 @@ from pathlib import Path
 from pi_finetune.config import PROJECT_ROOT
 from pi_finetune.errors import UserError
 from pi_finetune.files import write_text
-from pi_finetune.report.comparison import DEV_METRICS
-from pi_finetune.report.runs import read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +194,9 @@ class Ablation:
         cells = self.searches[teacher, strategy]
         if not cells:
             return self.hparams["lrs"][0], {}
+        from pi_finetune.report.comparison import DEV_METRICS  # not for workers: it takes seconds
+        from pi_finetune.report.runs import read_json_lines
+
         score = self.hparams["select_by"]
         higher = score in {metric.name for metric in DEV_METRICS if metric.higher_is_better}
         scores = {}
@@ -381,17 +382,19 @@ def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=
 
 def _failure(job):
     """Why a finished job failed by an error of its own; None if it succeeded or was killed."""
-    error = job.exception()
+    error = job.exception()  # of a worker that was killed it says that there is no result
     if error is None:
         return None
-    if "CommandFailed" in str(error) or "UserError" in str(error):  # submitit gives their traceback
+    if "UserError: " in str(error):
+        return str(error).rsplit("UserError: ", 1)[1].strip()
+    if "CommandFailed" in str(error):
         return f"a command failed; the end of its log {job.paths.stderr}:\n{_end(job)}"
     return None
 
 
 def _end(job, lines=3):
-    """The last lines of a worker's log that are not submitit's."""
+    """The last lines that a worker wrote before submitit reported its end."""
     path = job.paths.stderr
-    text = path.read_text(errors="replace").splitlines() if path.exists() else []
-    said = [line for line in text if line.strip() and "submitit" not in line]
-    return "\n".join(said[-lines:])
+    text = path.read_text(errors="replace") if path.exists() else ""
+    said = text.split("submitit ERROR")[0].splitlines()
+    return "\n".join([line for line in said if line.strip()][-lines:])

@@ -47,7 +47,11 @@ def load_hparams(path, overrides=None):
         if isinstance(overrides, str):
             overrides = ruamel.yaml.YAML().load(overrides)
         _check_keys(overrides, tree, path)
-        recursive_update(tree, overrides)
+        for key, value in overrides.items():
+            if isinstance(value, dict) and isinstance(tree[key], dict):
+                recursive_update(tree[key], value)
+            else:  # a list may become a mapping, a block a word
+                tree[key] = value
     try:
         text = resolve_references(io.StringIO(_dump(tree))).getvalue()
     except FileNotFoundError as error:

@@ -80,3 +80,17 @@ def tiny_teacher(tmp_path_factory):
     HubertModel(config).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A tiny enhancer with random weights, and the YAML block that declares it."""
+    from pi_finetune.enhancers import MaskEnhancer, save_enhancer
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pretrained")
+    save_enhancer(folder, MaskEnhancer(channels=(4, 4), dim=8, dilations=(1, 2)))
+    (folder / "block.yaml").write_text(
+        "!new:pi_finetune.enhancers.MaskEnhancer\nchannels: [4, 4]\ndim: 8\ndilations: [1, 2]\n"
+    )
+    return folder

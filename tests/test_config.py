@@ -1,12 +1,24 @@
 """YAML loading: extends, includes, overrides, and what is said when they are wrong."""
 
+import io
+import re
 from collections import Counter
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from hyperpyyaml import resolve_references
 
-from pi_finetune.config import load_hparams, refuse_other_settings
+from pi_finetune.config import (
+    PROJECT_ROOT,
+    _dump,
+    _merged_tree,
+    load_hparams,
+    refuse_other_settings,
+)
 from pi_finetune.errors import UserError
+
+SHIPPED = sorted((PROJECT_ROOT / "hparams").glob("*.yaml"))
 
 BASE = """
 seed: 1
@@ -80,3 +92,14 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path):
 def _write(path, text):
     path.write_text(text)
     return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_name_assets_that_are_there(path):
+    tree = _merged_tree(path)
+    tree |= {key: "x" for key in ("strategy", "run") if key in tree}  # placeholders
+    text = resolve_references(io.StringIO(_dump(tree))).getvalue()
+    named = re.findall(r"\S*/(?:mini|models)/\w+", text)
+    assert named
+    for asset in named:
+        assert Path(asset).exists(), f"{path.name}: {asset} is not there"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pi_finetune.brains.enhancement import EnhancementBrain
-from pi_finetune.enhancers import MaskEnhancer, load_enhancer, save_enhancer
+from pi_finetune.enhancers import load_enhancer
 
 ROOT = Path(__file__).resolve().parent.parent
 HPARAMS = ROOT / "hparams"
@@ -27,17 +27,6 @@ def recipe(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("pretrained")
-    save_enhancer(folder, MaskEnhancer(channels=(4, 4), dim=8, dilations=(1, 2)))
-    (folder / "block.yaml").write_text(
-        "!new:pi_finetune.enhancers.MaskEnhancer\nchannels: [4, 4]\ndim: 8\ndilations: [1, 2]\n"
-    )
-    return folder
 
 
 @pytest.fixture

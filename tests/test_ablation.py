@@ -1,0 +1,272 @@
+"""The ablation: which cells there are, and running them with workers that die."""
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+import submitit
+from test_train_evaluate import HPARAMS, recipe
+
+from pi_finetune.ablation import STAMP, Ablation, Cell, run_cells
+from pi_finetune.config import load_hparams
+from pi_finetune.errors import UserError
+
+
+def ablation(tmp_path, **overrides):
+    overrides = {"results_folder": str(tmp_path / "results"), **overrides}
+    return Ablation(load_hparams(HPARAMS / "ablation.yaml", overrides)[0])
+
+
+def option(command, key):
+    return command[command.index(f"--{key}") + 1]
+
+
+def write_validations(cell, scores):
+    cell.folder.mkdir(parents=True)
+    lines = [json.dumps({"update": i, "wer": score}) + "\n" for i, score in enumerate(scores)]
+    (cell.folder / "valid.jsonl").write_text("".join(lines))
+
+
+def test_cells_differ_in_nothing_but_strategy_teacher_seed_and_rate(tmp_path):
+    plan = ablation(tmp_path, strategies=["mse", "soft_dtw"], controls=["si_sdr"], seeds=[1, 2])
+    for searches in plan.searches.values():
+        for cell, scores in zip(searches.values(), ([50, 30], [40, 20], [60, None]), strict=True):
+            write_validations(cell, scores)
+    cells = plan.cells()
+    folders = [str(cell.folder.relative_to(plan.results)) for cell in cells]
+    runs = [
+        f"{group}/{seed}"
+        for seed in (1, 2)
+        for group in ("hubert/mse", "hubert/soft_dtw", "controls/si_sdr")
+    ]
+    assert folders[:2] == ["noisy/0", "pretrained/0"] and folders[-6:] == runs
+    assert len(folders) == len(set(folders)) == 2 + 3 * 3 + 6
+    trainings = [cell.commands()[0] for cell in cells[-6:]]
+    for training in trainings:
+        assert option(training, "lr") == "0.0003"  # the best of its search
+        assert option(training, "updates") == "300"
+    free = {"seed", "strategy", "results_folder", "teacher_source"}
+    settings = [
+        {key: option(t, key) for key in (w[2:] for w in t if w.startswith("--"))
+         if key not in {*free, "noprogressbar"}}
+        for t in [[*t, ""] for t in trainings]
+    ]  # fmt: skip
+    assert all(each == settings[0] for each in settings)
+    # the search: the same for all, with fewer updates, away from the runs that are compared
+    for cell in cells[2:-6]:
+        (training,) = cell.commands()
+        assert (option(training, "updates"), option(training, "seed")) == ("100", "0")
+        assert cell.folder.is_relative_to(plan.results / "search")
+
+
+def test_the_rate_with_the_best_dev_score_is_chosen_in_its_direction(tmp_path):
+    plan = ablation(tmp_path, strategies=["mse"], controls=[], select_by="stoi")
+    for cell, stoi in zip(plan.searches["hubert", "mse"].values(), (0.7, 0.6, 0.9), strict=True):
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "valid.jsonl").write_text(json.dumps({"update": 1, "stoi": stoi}))
+    rate, scores = plan.learning_rate("hubert", "mse")
+    assert rate == 0.001 and scores == {0.0001: 0.7, 0.0003: 0.6, 0.001: 0.9}
+
+
+def test_one_rate_is_not_searched(tmp_path):
+    plan = ablation(tmp_path, strategies=["mse"], controls=[], lrs=[0.01])
+    assert plan.learning_rate("hubert", "mse") == (0.01, {})
+    assert len(plan.cells()) == 2 + 3
+
+
+def test_a_variant_of_a_strategy_has_a_name_of_its_own(tmp_path):
+    variant = {"smooth": {"hparams": "soft_dtw.yaml", "gamma": 1.0}}
+    plan = ablation(tmp_path, strategies=variant, controls=[], lrs=[0.01])
+    training = plan.cells()[-1].commands()[0]
+    assert training[1].endswith("hparams/soft_dtw.yaml")
+    assert option(training, "gamma") == "1.0" and option(training, "strategy") == "smooth"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"strategies": ["nonsense"]}, "nonsense.yaml is neither a file"),
+        ({"seeds": []}, "seeds: give at least one"),
+        ({"controls": ["mse"]}, "mse: both in strategies and in controls"),
+        ({"teachers": {"search": {}}}, "'search' is the name of a folder"),
+        ({"search_updates": 70}, "search_updates: must be a multiple of valid_every"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        ablation(tmp_path, **overrides)
+
+
+@pytest.fixture
+def executor(tmp_path, monkeypatch):
+    monkeypatch.setattr(submitit.Job, "_results_timeout_s", 1)  # for the results of the dead
+    return submitit.AutoExecutor(tmp_path / "logs", cluster="local")
+
+
+@pytest.fixture
+def cell(tmp_path):
+    """A cell whose one command is a Python script; by default it appends to a file."""
+
+    def make(name, script="", needs=(), **settings):
+        path = tmp_path / f"{name}.py"
+        path.write_text(
+            f"import os\nopen({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\n{script}"
+        )
+        words = [str(path), "yaml", *(w for k, v in settings.items() for w in (f"--{k}", v))]
+        return Cell(tmp_path / "runs" / name, lambda: [words], tuple(needs))
+
+    return make
+
+
+def ran(tmp_path):
+    path = tmp_path / "ran"
+    return path.read_text().split() if path.exists() else []
+
+
+def test_finished_cells_are_skipped_and_unfinished_ones_are_run(tmp_path, cell, executor):
+    first, second = cell("first"), cell("second")
+    assert run_cells([first], executor, poll_seconds=0.05) == {}
+    assert first.done() and not second.done()
+    assert run_cells([first, second], executor, poll_seconds=0.05) == {}
+    assert ran(tmp_path) == ["first", "second"]
+
+
+def test_a_cell_waits_for_what_it_needs(tmp_path, cell, executor):
+    first = cell("first", "import time; time.sleep(0.3)")
+    second = cell("second", needs=[first])
+    assert run_cells([second, first], executor, poll_seconds=0.05) == {}
+    assert ran(tmp_path) == ["first", "second"]
+
+
+def test_a_cell_made_with_other_settings_is_not_mistaken_for_done(cell, executor):
+    run_cells([cell("a", lr="1", seed="2")], executor, poll_seconds=0.05)
+    with pytest.raises(UserError, match=r"--lr 1 instead of --lr 3\. Remove it"):
+        run_cells([cell("a", lr="3", seed="2")], executor, poll_seconds=0.05)
+
+
+def test_a_killed_worker_is_replaced(tmp_path, cell, executor):
+    die_once = (
+        f"import signal\nif open({str(tmp_path / 'ran')!r}).read().count('a ') == 1:\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert run_cells([cell("a", die_once)], executor, retries=1, poll_seconds=0.05) == {}
+    assert ran(tmp_path) == ["a", "a"]
+
+
+def test_a_worker_that_always_dies_and_a_command_that_fails_do_not_stop_the_others(
+    tmp_path, cell, executor
+):
+    die = "import signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    broken = "import sys\nprint('error: lr: wrong', file=sys.stderr)\nsys.exit(2)"
+    dying, failing = cell("dying", die), cell("failing", broken)
+    after, other = cell("after", needs=[failing]), cell("other")
+    failed = run_cells(
+        [dying, failing, after, other], executor, workers=2, retries=1, poll_seconds=0.05
+    )
+    assert ran(tmp_path).count("dying") == 2 and ran(tmp_path).count("failing") == 1
+    assert set(failed) == {dying.folder, failing.folder, after.folder}
+    assert "its worker died" in failed[dying.folder]
+    assert "error: lr: wrong" in failed[failing.folder]
+    assert f"{failing.folder} failed" in failed[after.folder]
+    assert other.done() and "after" not in ran(tmp_path)
+    assert json.loads((failing.folder / STAMP).read_text())["complete"] is False
+
+
+def test_no_more_workers_than_asked_for(tmp_path, cell, executor):
+    script = (
+        f"import time, pathlib\np = pathlib.Path({str(tmp_path)!r})\n"
+        "me = p / f'busy-{os.getpid()}'\nme.touch()\ntime.sleep(0.3)\n"
+        "open(p / 'most', 'a').write(f\"{len(list(p.glob('busy-*')))} \")\nme.unlink()"
+    )
+    cells = [cell(f"c{i}", script) for i in range(4)]
+    assert run_cells(cells, executor, workers=2, poll_seconds=0.05) == {}
+    assert max(map(int, (tmp_path / "most").read_text().split())) <= 2
+
+
+def test_an_interruption_cancels_the_workers(tmp_path, cell, executor):
+    endless = cell("endless", f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+                   "import time; time.sleep(60)")  # fmt: skip
+
+    def interrupt():
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            threading.Event().wait(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    threading.Thread(target=interrupt).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_cells([endless], executor, poll_seconds=0.05)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(200):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            break
+        threading.Event().wait(0.05)
+    else:
+        pytest.fail("the worker is still there")
+    assert not endless.done()
+
+
+def test_two_workers_never_fill_one_folder(tmp_path, cell, executor):
+    slow = cell("slow", "import time; time.sleep(1)")
+    threads = [
+        threading.Thread(target=lambda: results.append(run_cells([slow], executor, retries=0)))
+        for _ in range(2)
+    ]
+    results = []
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ran(tmp_path) == ["slow"]
+    assert sorted(map(len, results)) == [0, 1]
+    assert "another process is working there" in str(results)
+
+
+def test_the_recipe_leaves_a_comparison(
+    corpus,
+    noises,
+    tiny_teacher,
+    pretrained,
+    tmp_path,
+    capsys,
+):
+    data = {"data_folder": str(corpus), "noise_folder": str(noises), "asr_source": None}
+    training = {
+        **data,
+        "enhancer": f"!include:{str(pretrained).replace(' ', '%20')}/block.yaml",
+        "enhancer_weights": str(pretrained),
+        "updates": 2,
+        "valid_every": 2,
+        "segment_seconds": 1.0,
+        "batch_size": 2,
+        "num_workers": 0,
+        "valid_utterances": 2,
+    }
+    results = tmp_path / "my results"
+    settings = {
+        "strategies": ["mse"],
+        "controls": [],
+        "teachers": {"hubert": {"teacher_source": str(tiny_teacher)}},
+        "seeds": [7],
+        "lrs": [0.01],
+        "select_by": "si_sdr",
+        "results_folder": str(results),
+        "train": training,
+        "evaluate": {**data, "enhancer_weights": str(pretrained), "test_utterances": 2},
+        "compare": {"html": False, "replicates": 99},
+    }
+    arguments = [w for key, value in settings.items() for w in (f"--{key}", json.dumps(value))]
+    assert recipe("ablate")([str(HPARAMS / "ablation.yaml"), *arguments]) == 0
+    table = (results / "hubert" / "table.csv").read_text()
+    assert all(system in table for system in ("noisy", "pretrained", "mse"))
+    assert json.loads((results / "learning_rates.json").read_text())["hubert/mse"]["lr"] == 0.01
+    capsys.readouterr()
+    assert recipe("ablate")([str(HPARAMS / "ablation.yaml"), *arguments]) == 0
+    assert "done" not in capsys.readouterr().err  # nothing was run again
