@@ -174,20 +174,26 @@ class Ablation:
         for name in {"noisy", "pretrained", "controls", "search"} & set(self.teachers):
             raise UserError(f"teachers: {name!r} is the name of a folder here; take another.")
         self.groups = [
-            *((teacher, name) for teacher in self.teachers for name in self.strategies),
             *(("controls", name) for name in self.controls),
+            *((teacher, name) for teacher in self.teachers for name in self.strategies),
         ]
         self.searches = {group: self._search(*group) for group in self.groups}
 
     def cells(self):
-        """All cells, in the order in which they should run."""
-        untrained = [
+        """All cells in the order in which they should run: teacher by teacher, seed by seed."""
+        cells = [
             Cell(self.results / name / "0", lambda name=name: [self._evaluation(name)])
             for name in ("noisy", "pretrained")
         ]
-        searches = [cell for group in self.groups for cell in self.searches[group].values()]
-        runs = [self._run(*group, seed) for seed in self.hparams["seeds"] for group in self.groups]
-        return untrained + searches + runs
+        for place, groups in itertools.groupby(self.groups, key=lambda group: group[0]):
+            groups = list(groups)
+            cells += [cell for group in groups for cell in self.searches[group].values()]
+            cells += [
+                self._run(place, strategy, seed)
+                for seed in self.hparams["seeds"]
+                for _, strategy in groups
+            ]
+        return cells
 
     def learning_rate(self, teacher, strategy):
         """What the search on dev chose, once it is done: ``(rate, {rate: best dev score})``."""
