@@ -19,7 +19,7 @@ class EnhancementBrain(UpdateBrain):
     """Fine-tunes ``modules.enhancer`` by ``modules.objective``.
 
     From YAML it uses, besides what :class:`UpdateBrain` does: ``data_seed, wer_every, recognizers,
-    select_by``.
+    select_by, log_examples``.
     """
 
     def __init__(self, *args, **kwargs):
@@ -55,7 +55,7 @@ class EnhancementBrain(UpdateBrain):
     def on_stage_start(self, stage, epoch=None):
         """Start the scores of a validation."""
         super().on_stage_start(stage, epoch)
-        self.scores = []
+        self.scores, self.examples = [], {}
         self.with_wer = self.recognizer is not None and (
             epoch is None or epoch % self.hparams.wer_every == 0
         )
@@ -64,8 +64,13 @@ class EnhancementBrain(UpdateBrain):
         texts = [None] * len(lengths)
         if self.with_wer:
             texts = self.recognizer(enhanced, lengths)
-        enhanced, clean = enhanced.float().cpu().numpy(), batch.clean.data.cpu().numpy()
+        noisy, clean, enhanced = (
+            wavs.float().cpu().numpy() for wavs in (batch.noisy.data, batch.clean.data, enhanced)
+        )
         for i, length in enumerate(lengths.tolist()):
+            if len(self.examples) < self.hparams.log_examples:
+                wavs = {"noisy": noisy, "enhanced": enhanced, "clean": clean}
+                self.examples[batch.id[i]] = {kind: wav[i, :length] for kind, wav in wavs.items()}
             score = metrics.signal_scores(clean[i, :length], enhanced[i, :length])
             score["objective"] = float(losses[i])
             if self.with_wer and batch.text[i] is not None:
@@ -84,6 +89,10 @@ class EnhancementBrain(UpdateBrain):
                 train_logger.log_stats({"stage": "best model"}, valid_stats=scores)
             return
         record = self.log_validation(epoch, {"objective": self.train_objective}, scores)
+        for train_logger in self.hparams.train_loggers:
+            if hasattr(train_logger, "log_example"):
+                for name, wavs in self.examples.items():
+                    train_logger.log_example(record["update"], name, wavs)
         if not sb.utils.distributed.if_main_process():
             return
         selection = self._selection(record)

@@ -1,7 +1,68 @@
-"""Training loggers that SpeechBrain lacks."""
+"""Where a training's numbers and examples go: a text file, TensorBoard, Weights & Biases."""
 
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
 from speechbrain.utils.distributed import main_process_only
-from speechbrain.utils.train_logger import TensorboardLogger
+from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger, WandBLogger
+
+from pi_finetune.data.audio import SAMPLE_RATE
+from pi_finetune.errors import UserError
+from pi_finetune.report.examples import ALIGNMENT_HOP, expected_alignment
+from pi_finetune.report.plots import spectrogram
+
+#: An example is cut to this many seconds, so that a run's log stays small.
+EXAMPLE_SECONDS = 5
+
+
+def train_loggers(folder, wandb_project=None):
+    """The loggers of a run, for use in YAML.
+
+    Arguments
+    ---------
+    folder : str
+        The run folder; gets ``train_log.txt`` and ``tensorboard/``.
+    wandb_project : str, optional
+        Project of Weights & Biases to log to as well. Default: none.
+
+    Returns
+    -------
+    list
+
+    Raises
+    ------
+    UserError
+        ``wandb_project`` is set and wandb is not installed.
+    """
+    folder = Path(folder)
+    loggers = [
+        FileTrainLogger(str(folder / "train_log.txt")),
+        UpdateTensorboardLogger(str(folder / "tensorboard")),
+    ]
+    if wandb_project is not None:
+        loggers.append(_wandb_logger(folder, wandb_project))
+    return loggers
+
+
+def _wandb_logger(folder, project):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "wandb_project: the package wandb is not installed; pip install wandb"
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    return UpdateWandBLogger(
+        wandb.init,
+        project=project,
+        name="/".join(folder.parts[-2:]),
+        # one folder, one W&B run, also after a resume
+        id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+        resume="allow",
+        dir=str(folder),
+    )
 
 
 class UpdateTensorboardLogger(TensorboardLogger):
@@ -24,3 +85,53 @@ class UpdateTensorboardLogger(TensorboardLogger):
             for name, value in (stats or {}).items():
                 self.writer.add_scalar(f"{part}/{name}", value, stats_meta["update"])
         self.writer.flush()
+
+    @main_process_only
+    def log_example(self, update, name, wavs):
+        """Write one dev utterance: audio, spectrograms, and how soft-DTW aligns it.
+
+        The alignment is that of :func:`pi_finetune.report.examples.expected_alignment`: enhanced
+        speech against clean speech at 0.9 times the speed.
+
+        Arguments
+        ---------
+        update : int
+        name : str
+            The utterance.
+        wavs : dict
+            ``noisy``, ``enhanced`` and ``clean``: np.ndarray [T] each, 16 kHz.
+        """
+        wavs = {kind: wav[: EXAMPLE_SECONDS * SAMPLE_RATE] for kind, wav in wavs.items()}
+        for kind, wav in wavs.items():
+            peak = max(1.0, np.abs(wav).max())
+            self.writer.add_audio(f"{name}/{kind}", wav / peak, update, SAMPLE_RATE)
+        levels = {kind: spectrogram(wav, SAMPLE_RATE) for kind, wav in wavs.items()}
+        loudest = max(level.max() for level in levels.values())
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        for axes, (kind, level) in zip(figure.subplots(len(levels), sharex=True), levels.items()):
+            extent = (0, len(wavs[kind]) / SAMPLE_RATE, 0, SAMPLE_RATE / 2000)
+            axes.imshow(
+                level, origin="lower", aspect="auto", extent=extent, vmin=loudest - 70, vmax=loudest
+            )
+            axes.set_ylabel(f"{kind} (kHz)")
+        axes.set_xlabel("time (s)")
+        self.writer.add_figure(f"{name}/spectrograms", figure, update)
+        found, _, _ = expected_alignment(wavs["enhanced"], wavs["clean"], SAMPLE_RATE)
+        figure = Figure(figsize=(5, 5), layout="constrained")
+        axes = figure.subplots()
+        rows, columns = (ALIGNMENT_HOP * n for n in found.shape)
+        axes.imshow(np.sqrt(found), origin="lower", aspect="auto", extent=(0, columns, 0, rows))
+        axes.set_xlabel("clean, at 0.9 times the speed (s)")
+        axes.set_ylabel("enhanced (s)")
+        self.writer.add_figure(f"{name}/alignment", figure, update)
+        self.writer.flush()
+
+
+class UpdateWandBLogger(WandBLogger):
+    """Weights & Biases with the update as its step."""
+
+    @main_process_only
+    def log_stats(self, stats_meta, train_stats=None, valid_stats=None, test_stats=None, verbose=0):
+        """Log all numbers at step ``stats_meta["update"]``."""
+        stats_meta = {**stats_meta, "epoch": stats_meta.get("update")}  # its name for the step
+        super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
