@@ -12,7 +12,9 @@ import logging
 import os
 import runpy
 import shlex
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +59,10 @@ class Cell:
         UserError
             The folder was filled by other commands.
         """
-        stamp = self.folder / STAMP
-        if not stamp.exists():
+        earlier = _read_stamp(self.folder)
+        if earlier is None:
             return False
-        earlier, now = json.loads(stamp.read_text()), self.commands()
+        now = self.commands()
         if earlier["commands"] != now:
             before, after = (
                 {shlex.join(option) for command in commands for option in _options(command)}
@@ -74,6 +76,11 @@ class Cell:
         return earlier["complete"]
 
 
+def _read_stamp(folder):
+    path = folder / STAMP
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def _options(command):
     """[recipe], [yaml], [--key, value] and so on."""
     starts = [i for i, word in enumerate(command) if i < 2 or word.startswith("--")]
@@ -84,7 +91,8 @@ def _options(command):
 class Work:
     """What a worker does: run a cell's commands one after the other, in this very process.
 
-    So that killing the worker kills the training. Two workers never fill one folder at once.
+    So that killing the worker kills the training. Should another worker be filling the folder
+    still, one that outlived the ``ablate.py`` that began it, its end is waited for.
     """
 
     folder: Path
@@ -95,10 +103,9 @@ class Work:
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # before torch is imported
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f".{STAMP}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.folder}: another process is working there.") from None
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _read_stamp(self.folder) == {"commands": self.commands, "complete": True}:
+                return
             self._stamp(complete=False)
             for command in self.commands:
                 run_recipe(command)
@@ -341,6 +348,15 @@ def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=
         if cell.needs or not cell.done():
             waiting.append(cell)
     total = len(waiting)
+    # A polite kill cancels the workers as Ctrl-C does. Jobs of a shell's background ignore Ctrl-C,
+    # and so would their workers, whom submitit cancels by it.
+    handlers = {
+        signal.SIGTERM: lambda *_: sys.exit(128 + signal.SIGTERM),
+        signal.SIGINT: signal.default_int_handler,
+    }
+    if threading.current_thread() is not threading.main_thread():  # may set no handlers
+        handlers = {}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         while waiting or running:
             for cell in list(waiting):
@@ -383,6 +399,9 @@ def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=
         for job in running.values():
             job.cancel()
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return failed
 
 
