@@ -92,6 +92,13 @@ def test_every_strategy_trains(train, pretrained, strategy):
     assert "strategy: " + strategy in (run / "hyperparams.yaml").read_text()
 
 
+def test_the_share_of_position_can_be_logged(train):
+    for record in validations(train("mse", log_position=True)):
+        assert record["position_unequal"] > 0 and np.isfinite(record["position_share"])
+    assert "position_share" not in validations(train("zero_pad"))[0]
+    assert "position_share" not in validations(train("si_sdr", log_position=True))[0]
+
+
 def test_no_strategy_is_named_in_the_brain():
     source = (ROOT / "pi_finetune" / "brains" / "enhancement.py").read_text()
     for strategy in {*STRATEGIES} - {"si_sdr"}:  # also the name of a metric

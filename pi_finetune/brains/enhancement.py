@@ -9,6 +9,7 @@ from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.data.loading import sample_lengths
 from pi_finetune.enhancers import save_enhancer
 from pi_finetune.errors import UserError
+from pi_finetune.position import training_scores
 from pi_finetune.seeding import utterance_rng
 
 #: Scores by which the best model can be chosen; the others are better when lower.
@@ -19,7 +20,7 @@ class EnhancementBrain(UpdateBrain):
     """Fine-tunes ``modules.enhancer`` by ``modules.objective``.
 
     From YAML it uses, besides what :class:`UpdateBrain` does: ``data_seed, wer_every, recognizers,
-    select_by, log_examples``.
+    select_by, log_examples, log_position``.
     """
 
     def __init__(self, *args, **kwargs):
@@ -50,12 +51,16 @@ class EnhancementBrain(UpdateBrain):
         losses = self.modules.objective(enhanced, batch.clean.data, lengths, rngs)
         if not training:
             self._score(enhanced, batch, lengths, losses)
+            if self.hparams.log_position and not self.position:  # the first batch stands for all
+                self.position = training_scores(
+                    self.modules.objective, enhanced, batch.clean.data, lengths, batch.id
+                )
         return losses.mean()
 
     def on_stage_start(self, stage, epoch=None):
         """Start the scores of a validation."""
         super().on_stage_start(stage, epoch)
-        self.scores, self.examples = [], {}
+        self.scores, self.examples, self.position = [], {}, {}
         self.with_wer = self.recognizer is not None and (
             epoch is None or epoch % self.hparams.wer_every == 0
         )
@@ -112,7 +117,7 @@ class EnhancementBrain(UpdateBrain):
                 summary[f"{name}_missing"] = missing
         if self.with_wer:
             summary["wer"] = metrics.wer(score.get("words") for score in self.scores)
-        return summary
+        return {**summary, **self.position}
 
     def _selection(self, record):
         """The chosen score as a number to be minimised; infinite where it was not computed."""
