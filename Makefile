@@ -24,7 +24,7 @@ $(VENV)/.complete: requirements.txt constraints.txt pyproject.toml
 	@touch "$@"
 
 demo: setup
-	@"$(BIN)/python" recipes/demo.py
+	@"$(BIN)/python" recipes/ablate.py hparams/demo.yaml
 
 test: setup
 	"$(BIN)/python" -m pytest

@@ -374,6 +374,7 @@ def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=
                     if not cell.done():
                         work = Work(cell.folder, cell.commands(), threads)
                         running[cell] = executor.submit(work)
+                        logger.info(f"{cell.folder}: begun")
                 except UserError as error:
                     failed[cell.folder] = str(error)
             for cell, job in list(running.items()):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import submitit
-from test_train_evaluate import HPARAMS, recipe
+from test_train_evaluate import HPARAMS, STRATEGIES, recipe
 
 from pi_finetune.ablation import STAMP, Ablation, Cell, run_cells
 from pi_finetune.config import load_hparams
@@ -269,3 +269,11 @@ def test_the_recipe_leaves_a_comparison(
     capsys.readouterr()
     assert recipe("ablate")([str(HPARAMS / "ablation.yaml"), *arguments]) == 0
     assert "done" not in capsys.readouterr().err  # nothing was run again
+
+
+def test_the_demo_runs_every_strategy_that_has_a_teacher(tmp_path):
+    settings, _ = load_hparams(HPARAMS / "demo.yaml", {"results_folder": str(tmp_path)})
+    folders = {str(cell.folder.relative_to(tmp_path)) for cell in Ablation(settings).cells()}
+    strategies = set(STRATEGIES) - {"si_sdr", "l1_stft", "pretrain_enhancer"}
+    expected = {f"hubert/{name}/1234" for name in strategies}
+    assert folders == expected | {"controls/si_sdr/1234", "noisy/0", "pretrained/0"}
