@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from pi_finetune.errors import UserError, command
 from pi_finetune.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,12 +34,21 @@ TRAINING = ["--updates", "60", "--valid_every", "20", "--segment_seconds", "2.0"
 SEED = 1234
 
 
-def main():
+@command
+def main(argv=None):
     """Run the stages as the commands a user would type, and show each."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_folder", default="results/demo")
+    arguments = parser.parse_args(argv)
+    if not (ROOT / "assets" / "mini").is_dir():
+        raise UserError(
+            "The demo needs the mini corpus, which an installed package leaves out for its size: "
+            "run it in a clone of the project."
+        )
     # The stages run in the project's folder, as their commands are printed.
-    folder = Path(os.path.relpath(parser.parse_args().output_folder, ROOT))
+    folder = Path(os.path.relpath(arguments.output_folder, ROOT))
     os.chdir(ROOT)
     started = time.monotonic()
     inputs = digest()
