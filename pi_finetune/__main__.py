@@ -1,20 +1,50 @@
-"""Command line: ``python -m pi_finetune enhance`` and ``python -m pi_finetune doctor``."""
+"""The command line: ``pi-finetune COMMAND``, the same as ``python -m pi_finetune COMMAND``.
+
+demo, train, evaluate, compare, ablate and probe are the recipes of that name; their help is the
+recipe's own. Nothing here imports PyTorch before a command needs it.
+"""
 
 import argparse
+import ast
+import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
+import io
+import itertools
 import os
 import platform
+import re
 import signal
 import sys
+import textwrap
 
 from pi_finetune import __version__
 from pi_finetune.errors import UserError, command
+from pi_finetune.files import PROJECT_ROOT
+
+OVERVIEW_EXAMPLES = """examples:
+  pi-finetune train soft_dtw --data_folder LibriSpeech --noise_folder noise
+  pi-finetune evaluate --run results/soft_dtw/1234
+  pi-finetune compare results --html
+  pi-finetune enhance noisy.wav -o enhanced.wav --model results/soft_dtw/1234
+"""
+
+#: Command: its recipe, and the experiment file it runs if none is named (None: one must be named;
+#: False: it takes no such file).
+RECIPES = {
+    "demo": ("demo.py", False),
+    "train": ("train.py", None),
+    "evaluate": ("evaluate.py", "evaluate"),
+    "compare": ("compare.py", False),
+    "ablate": ("ablate.py", "ablation"),
+    "probe": ("probe_position.py", "probe_position"),
+}
 
 ENHANCE_EXAMPLES = """examples:
-  python -m pi_finetune enhance noisy.wav -o enhanced.wav
-  python -m pi_finetune enhance recordings more.flac -o enhanced --skip-existing
-  python -m pi_finetune enhance meeting.mp3 -o out.wav --model results/soft_dtw/1234 --mix 0.8
+  pi-finetune enhance noisy.wav -o enhanced.wav
+  pi-finetune enhance recordings more.flac -o enhanced --skip-existing
+  pi-finetune enhance meeting.mp3 -o out.wav --model results/soft_dtw/1234 --mix 0.8
 """
 
 # What each package is for; those that `pip install` may leave out or break come with a remedy.
@@ -39,13 +69,17 @@ OPTIONAL = {"triton"}
 
 
 def parser():
-    """Build the parser of the whole command line."""
+    """Build the parser of the whole command line; the recipes parse their own arguments."""
     top = argparse.ArgumentParser(
-        prog="python -m pi_finetune",
-        description="Position-invariant fine-tuning of speech enhancement: use and check.",
+        prog="pi-finetune",
+        description="Position-invariant fine-tuning of speech enhancement models.",
+        epilog=OVERVIEW_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"pi_finetune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in RECIPES:
+        commands.add_parser(name, help=recipe_text(name).split("\n")[0], add_help=False)
 
     enhance = commands.add_parser(
         "enhance",
@@ -87,10 +121,123 @@ def parser():
         "doctor",
         help="show versions, devices and what is missing",
         description="Show versions, devices and soft-DTW backends, and what is missing with its "
-        "remedy. The exit status is 0 if nothing needed is missing.",
+        "remedy.\nThe exit status is 0 if nothing needed is missing.",
+        epilog="example:\n  pi-finetune doctor\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     doctor.set_defaults(run=run_doctor)
     return top
+
+
+def recipe_text(name):
+    """The docstring of a recipe, read without running it; its commands as this program's."""
+    source = (PROJECT_ROOT / "recipes" / RECIPES[name][0]).read_text(encoding="utf-8")
+    return _as_typed_here(ast.get_docstring(ast.parse(source)))
+
+
+def _as_typed_here(text):
+    for name, (file, default) in RECIPES.items():
+        text = text.replace(f"python recipes/{file}", f"pi-finetune {name}")
+        text = text.replace(f"pi-finetune {name} hparams/{default}.yaml", f"pi-finetune {name}")
+    return re.sub(r"(pi-finetune \w+) hparams/(\w+)\.yaml", r"\1 \2", text)
+
+
+def run_recipe(name, argv):
+    """Run a recipe's own ``main``; what is named first may be a shipped experiment file."""
+    file, default = RECIPES[name]
+    wants_help = any(word in ("-h", "--help") for word in argv)
+    if default is not False:
+        named = argv and not argv[0].startswith("-")
+        if wants_help:
+            print(recipe_help(name, argv[0] if named else default))
+            return 0
+        if not named and default is None:
+            raise UserError(
+                f"Name an experiment first, e.g. pi-finetune {name} mse, or a YAML file of your "
+                f"own; pi-finetune {name} --help lists the shipped ones."
+            )
+        from pi_finetune.config import find_hparams
+
+        path = find_hparams(argv[0] if named else default)
+        argv = [str(path), *(argv[1:] if named else argv)]
+    path = PROJECT_ROOT / "recipes" / file
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.argv = [f"pi-finetune {name}", *argv]  # where argparse finds the program's name
+    if not wants_help:
+        return module.main(argv)
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            return module.main(argv)
+    finally:
+        print(_as_typed_here(shown.getvalue()), end="")
+
+
+def recipe_help(name, experiment):
+    """Help of a recipe that takes an experiment file; of one such file if it is named."""
+    from pi_finetune.config import find_hparams
+
+    named = "EXPERIMENT" if RECIPES[name][1] is None else "[EXPERIMENT]"
+    lines = [f"usage: pi-finetune {name} {named} [--KEY VALUE ...]", ""]
+    if experiment is None or experiment == RECIPES[name][1]:
+        lines += [recipe_text(name), ""]
+    if experiment is None:
+        lines += ["EXPERIMENT is a YAML file, or one of the shipped ones:"]
+        for path in sorted((PROJECT_ROOT / "hparams").glob("*.yaml")):
+            if "\nextends: " in path.read_text(encoding="utf-8"):
+                lines.append(f"  {path.stem:<19}{_about(path)}")
+        lines += ["", f"pi-finetune {name} mse --help    the keys of one of them"]
+    else:
+        path = find_hparams(experiment)
+        lines += [str(path), *textwrap.wrap(_about(path), 98), "", *_keys(path)]
+        if experiment != RECIPES[name][1]:
+            lines += ["", "example:", f"  pi-finetune {name} {experiment} --device cpu --debug"]
+    lines += [
+        "",
+        "Options of SpeechBrain work as well, among them --device cuda, --precision bf16,",
+        "--noprogressbar, --debug (a few updates, to see whether it runs).",
+    ]
+    return "\n".join(lines)
+
+
+def _about(path):
+    """The comment at the head of an experiment file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return " ".join(line.lstrip("# ") for line in head)
+
+
+def _keys(path):
+    """What can be set on the command line, with its value in the file."""
+    from pi_finetune.config import _merged_tree
+
+    values, blocks = [], []
+    for key, value in _merged_tree(path).items():
+        tag = getattr(getattr(value, "tag", None), "value", None)  # !ref, !new, ...
+        nested = isinstance(value, dict) or tag not in (None, "!ref", "!PLACEHOLDER")
+        nested = nested or (isinstance(value, list) and any(isinstance(v, dict) for v in value))
+        if nested and key != "assets":
+            blocks.append(key)
+        elif not nested and not key.startswith("__"):
+            shown = "null" if value is None else getattr(value, "value", value)
+            if isinstance(value, list):
+                shown = f'"[{", ".join(map(str, value))}]"'
+            values.append(f"--{key} {'...' if tag == '!PLACEHOLDER' else shown}")
+
+    def filled(items, separator):
+        # A key and its value stay on one line.
+        text = separator.join(item.replace(" ", "\0") for item in items)
+        lines = textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False)
+        return ["  " + line.replace("\0", " ") for line in lines]
+
+    return [
+        "keys and their values in the file (<key> is the value of another, ... must be given):",
+        *filled(values, "   "),
+        f"blocks, to be set in a file of your own that begins with `extends: {path.name}`:",
+        *filled([key for key in blocks if not key.startswith("__")], ", "),
+    ]
 
 
 def _share(text):
@@ -227,10 +374,13 @@ def _verdict(problems):
 @command
 def main(argv=None):
     """Entry point: run the command line, return the exit status."""
-    options = parser().parse_args(argv)
-    # A polite kill unwinds like Ctrl-C, so that half-written files are removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        if argv and argv[0] in RECIPES:
+            return run_recipe(argv[0], argv[1:])
+        options = parser().parse_args(argv or ["--help"])
+        # A polite kill unwinds like Ctrl-C, so that half-written files are removed.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         return options.run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

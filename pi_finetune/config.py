@@ -11,9 +11,7 @@ from hyperpyyaml import load_hyperpyyaml, resolve_references
 from hyperpyyaml.core import recursive_update
 
 from pi_finetune.errors import UserError
-
-#: Folder of the project, against which shipped files are found.
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+from pi_finetune.files import PROJECT_ROOT
 
 
 def load_hparams(path, overrides=None):
@@ -21,7 +19,8 @@ def load_hparams(path, overrides=None):
 
     A file may begin with ``extends: OTHER.yaml``; then OTHER (relative to the
     file) is loaded with the rest of this file as overrides. ``!include:``
-    paths are relative to the file they stand in.
+    paths are relative to the file they stand in. What is not there is looked
+    for among the shipped hparams, so that a file of the user's own can lie anywhere.
 
     Arguments
     ---------
@@ -80,7 +79,7 @@ def _merged_tree(path, _seen=()):
     # ends at a blank, which %20 stands for.
     text = re.sub(
         r"!include:([^\s,}\]]+)",
-        lambda match: f"!include:{quote(str((path.parent / match.group(1)).resolve()))}",
+        lambda match: f"!include:{quote(str(_beside(path, match.group(1))))}",
         text,
     )
     try:
@@ -92,11 +91,18 @@ def _merged_tree(path, _seen=()):
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    merged = _merged_tree(path.parent / base, (*_seen, path.resolve()))
+    merged = _merged_tree(_beside(path, base), (*_seen, path.resolve()))
     for key, value in tree.items():
         # Whole values are replaced: a strategy's block must not inherit half of the base's.
         merged[key] = value
     return merged
+
+
+def _beside(path, name):
+    """The file ``name`` relative to ``path``, or the shipped one of that name."""
+    own = (path.parent / name).resolve()
+    shipped = PROJECT_ROOT / "hparams" / name
+    return shipped if not own.is_file() and shipped.is_file() else own
 
 
 def _check_keys(overrides, tree, path):
@@ -146,3 +152,37 @@ def _text(node):
 def asset_folder():
     """The folder of the shipped corpus and models, as text, for use in YAML."""
     return str(PROJECT_ROOT / "assets")
+
+
+def find_hparams(name):
+    """The experiment file that a user means.
+
+    Arguments
+    ---------
+    name : str or Path
+        A file; or, where there is none, the name of a shipped one, with or without
+        ``hparams/`` before it and ``.yaml`` after it.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    UserError
+        Where there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = PROJECT_ROOT / "hparams"
+    shipped = folder / f"{str(name).removeprefix('hparams/').removesuffix('.yaml')}.yaml"
+    if shipped.is_file():
+        return shipped
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    close = difflib.get_close_matches(shipped.stem, known, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise UserError(
+        f"There is no experiment file {name}, and no shipped one of that name.{hint} Shipped are: "
+        f"{', '.join(known)}."
+    )

@@ -1,8 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Where shipped files are; files that appear whole or not at all."""
 
 import contextlib
 import os
 from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+#: What shipped files are found against: recipes/, hparams/ and assets/ lie beside the package in a
+#: checkout, and inside it where a wheel was installed.
+PROJECT_ROOT = _PACKAGE if (_PACKAGE / "hparams").is_dir() else _PACKAGE.parent
 
 
 @contextlib.contextmanager

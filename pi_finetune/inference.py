@@ -19,10 +19,10 @@ from scipy.signal import resample_poly
 
 from pi_finetune.enhancers import SAMPLE_RATE, load_enhancer
 from pi_finetune.errors import UserError
-from pi_finetune.files import replacing
+from pi_finetune.files import PROJECT_ROOT, replacing
 
 #: The shipped model.
-DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "assets" / "models" / "enhancer"
+DEFAULT_MODEL = PROJECT_ROOT / "assets" / "models" / "enhancer"
 
 #: Context on either side for models that see arbitrarily far (recurrent ones), in seconds.
 UNBOUNDED_CONTEXT = 5
@@ -81,11 +81,6 @@ class Enhancer:
         UserError
             Where there is no such model, or it cannot be loaded.
         """
-        if folder is None and not DEFAULT_MODEL.is_dir():
-            raise UserError(
-                "The shipped model is not part of an installed package: name a run folder "
-                "(--model RUN), or work in a clone of the project."
-            )
         return cls(load_enhancer(folder or DEFAULT_MODEL, trust=trust), device, **options)
 
     def enhance(self, wav, sample_rate=SAMPLE_RATE, mix=1.0):

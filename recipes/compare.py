@@ -42,7 +42,7 @@ def main(argv):
     if args.html:
         from pi_finetune.report.html import write_report
 
-        typed = shlex.join(["python", *sys.argv])
+        typed = shlex.join(["python", "recipes/compare.py", *argv])
         position = args.position_folders or [folder / "position"]
         written.append(
             write_report(
@@ -63,7 +63,9 @@ def main(argv):
 
 def _parser():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s RUN [RUN ...] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="run folders STRATEGY/SEED, or folders above them")
