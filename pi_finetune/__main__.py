@@ -33,7 +33,7 @@ OVERVIEW_EXAMPLES = """examples:
 #: Command: its recipe, and the experiment file it runs if none is named (None: one must be named;
 #: False: it takes no such file).
 RECIPES = {
-    "demo": ("demo.py", False),
+    "demo": ("ablate.py", "demo"),
     "train": ("train.py", None),
     "evaluate": ("evaluate.py", "evaluate"),
     "compare": ("compare.py", False),

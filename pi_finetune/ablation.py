@@ -19,14 +19,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi_finetune.config import PROJECT_ROOT
+from pi_finetune.config import find_hparams
 from pi_finetune.errors import UserError
-from pi_finetune.files import write_text
+from pi_finetune.files import PROJECT_ROOT, write_text
 
 logger = logging.getLogger(__name__)
 
 STAMP = "ablation.json"
-HPARAMS = PROJECT_ROOT / "hparams"
 
 
 class CommandFailed(Exception):
@@ -264,13 +263,7 @@ class Ablation:
 
     def _training(self, place, teacher, strategy, seed, rate, **changes):
         own = dict(self.strategies.get(strategy) or self.controls.get(strategy) or {})
-        named = own.pop("hparams", f"{strategy}.yaml")
-        path = next((path for path in (Path(named), HPARAMS / named) if path.is_file()), None)
-        if path is None:
-            raise UserError(
-                f"{strategy}: {named} is neither a file nor in {HPARAMS}. Name the file of a "
-                f"strategy of your own with {strategy}: {{hparams: FILE}}."
-            )
+        path = find_hparams(own.pop("hparams", strategy))
         settings = {
             **self.hparams["train"],
             **(self.teachers.get(teacher) or {}),
@@ -286,7 +279,7 @@ class Ablation:
 
     def _evaluation(self, run):
         settings = {**self.hparams["evaluate"], "run": run, "results_folder": self.results}
-        return ["recipes/evaluate.py", str(HPARAMS / "evaluate.yaml"), *_words(settings)]
+        return ["recipes/evaluate.py", str(find_hparams("evaluate")), *_words(settings)]
 
 
 def _mapping(hparams, key):

@@ -22,7 +22,8 @@ def command(main):
         except UserError as error:
             # A DataLoader worker wraps the message in its traceback.
             message = str(error).rsplit("UserError: ", 1)[-1].strip()
-            print(f"error: {message}", file=sys.stderr)
+            if message:  # of several processes the main one has it
+                print(f"error: {message}", file=sys.stderr)
             sys.exit(2)
 
     return run

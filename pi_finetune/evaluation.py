@@ -1,18 +1,20 @@
 """Scoring of one system on one test set: a JSON line per utterance, resumable."""
 
+import glob
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 from speechbrain.dataio import audio_io
 from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.utils.distributed import ddp_barrier
 from tqdm import tqdm
 
 from pi_finetune import metrics
 from pi_finetune.data.audio import SAMPLE_RATE
 from pi_finetune.data.loading import sample_lengths
+from pi_finetune.distributed import on_main, processes, rank
 from pi_finetune.enhancers import WEIGHTS_FILE
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
@@ -52,7 +54,9 @@ def evaluate_system(
     """Score a system and write ``FOLDER/scores/TEST_SET.jsonl``.
 
     While it runs, lines go to ``TEST_SET.jsonl.part``; the same call after an interruption
-    continues there. Finished scores made with the same settings are left as they are.
+    continues there. Finished scores made with the same settings are left as they are. Under
+    ``torchrun`` every process scores its share, into a ``.part`` of its own; the finished file
+    is the same for any number of processes.
 
     Arguments
     ---------
@@ -87,9 +91,7 @@ def evaluate_system(
     """
     folder = Path(folder)
     scores = folder / "scores"
-    scores.mkdir(parents=True, exist_ok=True)
-    final, part = scores / f"{test_set}.jsonl", scores / f"{test_set}.jsonl.part"
-    settings_file = scores / f"{test_set}.settings.json"
+    final = scores / f"{test_set}.jsonl"
     ids = [pairs.item_id(i) for i in range(len(pairs))]
     settings = {
         "pairs": pairs.fingerprint(),
@@ -97,31 +99,28 @@ def evaluate_system(
         "weights": _digest(weights),
         "audio_examples": audio_examples,
     }
-    if final.exists() or part.exists():
-        earlier = json.loads(settings_file.read_text()) if settings_file.exists() else {}
-        changed = [key for key in settings if earlier.get(key) != settings[key]]
-        if changed and not overwrite:
-            raise UserError(
-                f"{final} was made with other {', '.join(changed)}. Add --overwrite True to score "
-                "anew, or give this evaluation another name with --test_set."
-            )
-        if changed:
-            for path in (final, part):
-                path.unlink(missing_ok=True)
-    if final.exists():
+    done = on_main(_begin, final, settings, overwrite)
+    if done is None:
         return final
-    write_text(settings_file, json.dumps(settings, indent=1))
 
-    done = _complete_lines(part)
-    todo = [i for i, utterance in enumerate(ids) if utterance not in done]
+    # Batches are cut from the whole set, before anything is left out: so an utterance has the
+    # same neighbours, and the same last digits, in any number of processes.
+    batches = [range(i, min(i + batch_size, len(ids))) for i in range(0, len(ids), batch_size)]
+    todo = [[i for i in batch if ids[i] not in done] for batch in batches]
+    todo = [batch for batch in todo if batch][rank() :: processes()]
     examples = {ids[i * len(ids) // audio_examples] for i in range(audio_examples)}
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(pairs, todo), batch_size=batch_size, collate_fn=PaddedBatch
-    )
+    loader = torch.utils.data.DataLoader(pairs, batch_sampler=todo, collate_fn=PaddedBatch)
     strategy, seed = folder.parent.name, folder.name
+    mine = sum(map(len, todo))
     with (
-        part.open("a") as file,
-        tqdm(total=len(ids), initial=len(done), desc=f"{strategy}/{seed}", unit="utt") as bar,
+        _part(final, rank()).open("a") as file,
+        tqdm(
+            total=mine + len(done),
+            initial=len(done),
+            desc=f"{strategy}/{seed}",
+            unit="utt",
+            disable=rank() > 0,
+        ) as bar,
         torch.inference_mode(),
     ):
         for batch in loader:
@@ -159,8 +158,56 @@ def evaluate_system(
                     _keep_audio(scores / test_set / "audio", utterance, kinds)
             file.flush()
             bar.update(len(sizes))
-    os.replace(part, final)
+    ddp_barrier()
+    on_main(_merge, final, ids)
     return final
+
+
+def _part(final, rank):
+    """Where a process writes its lines; the main one's name is the oldest."""
+    return final.with_name(f"{final.name}.{rank}.part" if rank else f"{final.name}.part")
+
+
+def _parts(final):
+    return list(final.parent.glob(f"{glob.escape(final.name)}.*part"))
+
+
+def _begin(final, settings, overwrite):
+    """Ids scored before, with the same settings; None if all are."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    settings_file = final.with_suffix(".settings.json")
+    if final.exists() or _parts(final):
+        earlier = json.loads(settings_file.read_text()) if settings_file.exists() else {}
+        changed = [key for key in settings if earlier.get(key) != settings[key]]
+        if changed and not overwrite:
+            raise UserError(
+                f"{final} was made with other {', '.join(changed)}. Add --overwrite True to score "
+                "anew, or give this evaluation another name with --test_set."
+            )
+        if changed:
+            for path in (final, *_parts(final)):
+                path.unlink(missing_ok=True)
+    if final.exists():
+        return None
+    write_text(settings_file, json.dumps(settings, indent=1))
+    return {utterance for path in _parts(final) for utterance in _complete_lines(path)}
+
+
+def _merge(final, ids):
+    """Put the lines of all processes into one file, in the order of ``ids``."""
+    lines = {}
+    for path in _parts(final):
+        for line in path.read_text().splitlines(keepends=True):
+            lines[json.loads(line)["id"]] = line
+    missing = [utterance for utterance in ids if utterance not in lines]
+    if missing:
+        raise UserError(
+            f"{final}: {len(missing)} utterances are not scored, first {missing[0]}. With several "
+            "nodes, the results folder must be one that all of them see. Give the same command."
+        )
+    write_text(final, "".join(lines[utterance] for utterance in ids))
+    for path in _parts(final):
+        path.unlink()
 
 
 def _complete_lines(path):

@@ -4,7 +4,8 @@
     python recipes/evaluate.py hparams/evaluate.yaml --run "[noisy, pretrained, results/mse/1234]"
 
 `noisy` scores the unprocessed mixtures, `pretrained` the enhancer that
-fine-tuning starts from. Interrupted, the same command continues.
+fine-tuning starts from. Interrupted, the same command continues. With `torchrun
+--nproc_per_node=N` in place of `python`, N processes share the utterances.
 """
 
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import speechbrain as sb
 
 from pi_finetune.config import load_hparams
+from pi_finetune.distributed import rank, start_processes
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import command
 from pi_finetune.evaluation import evaluate_system
@@ -22,6 +24,7 @@ from pi_finetune.evaluation import evaluate_system
 def main(argv):
     """Evaluate the systems one after the other on the same mixtures."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    run_opts = start_processes(run_opts)
     hparams, _ = load_hparams(hparams_file, overrides)
     device = run_opts.get("device", "cpu")
     runs = hparams["run"] if isinstance(hparams["run"], list) else [hparams["run"]]
@@ -51,7 +54,8 @@ def main(argv):
             overwrite=hparams["overwrite"],
             device=device,
         )
-        print(path)
+        if rank() == 0:
+            print(path)
 
 
 if __name__ == "__main__":

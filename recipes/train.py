@@ -9,8 +9,6 @@ to ``output_folder`` (results/STRATEGY/SEED); the same command resumes it.
 
 import sys
 
-from speechbrain.dataio.batch import PaddedBatch
-
 from pi_finetune.brains.enhancement import EnhancementBrain
 from pi_finetune.brains.updates import start_run
 from pi_finetune.errors import command
@@ -28,19 +26,16 @@ def main(argv):
         checkpointer=hparams["checkpointer"],
     )
     workers = hparams["num_workers"]
-    valid_loader = {
-        "batch_size": hparams["valid_batch_size"],
-        "collate_fn": PaddedBatch,
-        "num_workers": workers,
-    }
+    valid_loader = brain.make_valid_loader(
+        hparams["valid_data"], batch_size=hparams["valid_batch_size"], num_workers=workers
+    )
     brain.fit(
         hparams["epoch_counter"],
         brain.make_train_loader(hparams["train_data"], num_workers=workers),
-        hparams["valid_data"],
-        valid_loader_kwargs=valid_loader,
+        valid_loader,
     )
     if brain.test_only:
-        brain.evaluate(hparams["valid_data"], min_key="selection", test_loader_kwargs=valid_loader)
+        brain.evaluate(valid_loader, min_key="selection")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_a_variant_of_a_strategy_has_a_name_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"strategies": ["nonsense"]}, "nonsense.yaml is neither a file"),
+        ({"strategies": ["nonsense"]}, "no experiment file nonsense"),
         ({"seeds": []}, "seeds: give at least one"),
         ({"controls": ["mse"]}, "mse: both in strategies and in controls"),
         ({"teachers": {"search": {}}}, "'search' is the name of a folder"),

@@ -33,7 +33,7 @@ def recipe(name):
 def train(corpus, noises, tiny_teacher, pretrained, tmp_path):
     """Run train.py with small settings; returns the run folder."""
 
-    def run(strategy, results="results", **changes):
+    def run(strategy, results="results", options=(), **changes):
         settings = {
             "data_folder": corpus,
             "noise_folder": noises,
@@ -53,7 +53,7 @@ def train(corpus, noises, tiny_teacher, pretrained, tmp_path):
             "warmup_updates": 0,
             **changes,
         }
-        arguments = [str(HPARAMS / f"{strategy}.yaml"), "--noprogressbar"]
+        arguments = [str(HPARAMS / f"{strategy}.yaml"), "--noprogressbar", *options]
         for key, value in settings.items():
             arguments += [f"--{key}", str(value)]
         recipe("train")(arguments)

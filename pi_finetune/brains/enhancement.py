@@ -7,6 +7,7 @@ import speechbrain as sb
 from pi_finetune import metrics
 from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.data.loading import sample_lengths
+from pi_finetune.distributed import gather_in_turn, rank
 from pi_finetune.enhancers import save_enhancer
 from pi_finetune.errors import UserError
 from pi_finetune.position import training_scores
@@ -37,7 +38,10 @@ class EnhancementBrain(UpdateBrain):
         """Enhance the noisy waveforms: [B, T], and their lengths [B] in samples."""
         batch = batch.to(self.device)
         lengths = sample_lengths(batch.noisy)
-        return self.modules.enhancer(batch.noisy.data, lengths), lengths
+        enhancer = self.modules.enhancer
+        if stage != sb.Stage.TRAIN:  # processes validate different numbers of batches
+            enhancer = self.plain_modules["enhancer"]
+        return enhancer(batch.noisy.data, lengths), lengths
 
     def compute_objectives(self, predictions, batch, stage):
         """Mean over the batch of the objective; validation also scores each utterance."""
@@ -88,6 +92,7 @@ class EnhancementBrain(UpdateBrain):
         if stage == sb.Stage.TRAIN:
             self.train_objective = float(stage_loss)
             return
+        self.scores = gather_in_turn(self.scores)
         scores = self._summary()
         if stage == sb.Stage.TEST:
             for train_logger in self.hparams.train_loggers:
@@ -98,12 +103,9 @@ class EnhancementBrain(UpdateBrain):
             if hasattr(train_logger, "log_example"):
                 for name, wavs in self.examples.items():
                     train_logger.log_example(record["update"], name, wavs)
-        if not sb.utils.distributed.if_main_process():
-            return
         selection = self._selection(record)
-        if selection <= min(map(self._selection, self.history.validations)):
-            enhancer = getattr(self.modules.enhancer, "module", self.modules.enhancer)  # DDP
-            save_enhancer(self.hparams.output_folder, enhancer)
+        if selection <= min(map(self._selection, self.history.validations)) and rank() == 0:
+            save_enhancer(self.hparams.output_folder, self.plain_modules["enhancer"])
         self.checkpointer.save_and_keep_only(
             meta={**record, "selection": selection}, min_keys=["selection"], num_to_keep=1
         )

@@ -11,6 +11,7 @@ from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.data.loading import sample_lengths
+from pi_finetune.distributed import mean_over_processes, rank
 from pi_finetune.teacher import quiet_transformers, standardised
 
 
@@ -68,17 +69,16 @@ class PretrainingBrain(UpdateBrain):
         """After validation log, save a checkpoint, and export the model if it is the best."""
         super().on_stage_end(stage, stage_loss, epoch)
         stats = {"loss": float(stage_loss)}
-        for part, (count, loss, correct) in self.sums.items():
+        for part, sums in self.sums.items():
+            count, loss, correct = mean_over_processes(sums)
             stats[f"{part}_loss"] = float(loss / count.clamp(min=1))
             stats[f"{part}_accuracy"] = float(correct / count.clamp(min=1))
         if stage == sb.Stage.TRAIN:
             self.train_stats = stats
             return
         record = self.log_validation(epoch, self.train_stats, stats)
-        if not sb.utils.distributed.if_main_process():
-            return
         best = max(line["masked_accuracy"] for line in self.history.validations)
-        if stats["masked_accuracy"] == best:
+        if stats["masked_accuracy"] == best and rank() == 0:
             export_teacher(self.modules.hubert, Path(self.hparams.output_folder) / "teacher")
         self.checkpointer.save_and_keep_only(
             meta=record, max_keys=["masked_accuracy"], num_to_keep=1

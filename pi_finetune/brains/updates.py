@@ -1,8 +1,10 @@
 """What the Brains of this project share: training is counted in updates and survives bad ones."""
 
+import contextlib
 import json
 import math
-import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -10,9 +12,17 @@ import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
+from torch.utils.data import DataLoader, Subset
 
 from pi_finetune.config import load_hparams, refuse_other_settings
-from pi_finetune.data.loading import UpdateSampler
+from pi_finetune.data.loading import ShareOfSampler, UpdateBatchSampler, UpdateSampler
+from pi_finetune.distributed import (
+    mean_over_processes,
+    on_main,
+    processes,
+    rank,
+    start_processes,
+)
 from pi_finetune.errors import UserError
 from pi_finetune.files import write_text
 
@@ -33,15 +43,22 @@ def start_run(argv):
         The settings are wrong, or the folder holds a run with others.
     """
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    sb.utils.distributed.ddp_init_group(run_opts)
+    run_opts = start_processes(run_opts)
     hparams, resolved = load_hparams(hparams_file, overrides)
     if hparams["updates"] % hparams["valid_every"]:
         raise UserError("updates: must be a multiple of valid_every, so that the end is validated.")
     folder = Path(hparams["output_folder"])
-    sb.utils.distributed.run_on_main(refuse_other_settings, args=[folder, resolved])
+    on_main(refuse_other_settings, folder, resolved)
     sb.create_experiment_directory(experiment_directory=str(folder))
-    sb.utils.distributed.run_on_main((folder / "hyperparams.yaml").write_text, args=[resolved])
+    on_main(_record, folder, resolved, sys._getframe(1).f_code.co_filename)
     return hparams, run_opts
+
+
+def _record(folder, resolved, recipe):
+    """Keep the settings and the recipe; SpeechBrain copied its caller, which is this module."""
+    (folder / Path(__file__).name).unlink(missing_ok=True)
+    shutil.copy(recipe, folder)
+    write_text(folder / "hyperparams.yaml", resolved)
 
 
 class NonFiniteStep(Exception):
@@ -50,9 +67,17 @@ class NonFiniteStep(Exception):
 
 @register_checkpoint_hooks
 class History:
-    """Training seconds, skipped updates and validations so far; part of every checkpoint."""
+    """Training seconds, skipped updates and validations so far; part of every checkpoint.
 
-    def __init__(self):
+    Arguments
+    ---------
+    batches_per_update : list of int
+        Processes, and batches accumulated on each. Their place in the data is counted in both, so
+        a checkpoint made with others is refused.
+    """
+
+    def __init__(self, batches_per_update=(1, 1)):
+        self.batches_per_update = list(batches_per_update)
         self.seconds = 0.0  # validation excluded
         self.skipped = 0
         self.validations = []
@@ -63,7 +88,16 @@ class History:
 
     @mark_as_loader
     def _load(self, path, end_of_epoch):
-        vars(self).update(json.loads(Path(path).read_text()))
+        saved = json.loads(Path(path).read_text())
+        before = saved.get("batches_per_update", self.batches_per_update)
+        if before != self.batches_per_update:
+            raise UserError(
+                f"{path}: the run was started with {before[0]} processes and "
+                f"--grad_accumulation_factor {before[1]}; now they are "
+                f"{self.batches_per_update[0]} and {self.batches_per_update[1]}. Continue it as it "
+                "was started, or give this run another place with --results_folder."
+            )
+        vars(self).update(saved)
 
 
 class UpdateBrain(sb.Brain):
@@ -80,27 +114,78 @@ class UpdateBrain(sb.Brain):
         super().__init__(*args, **kwargs)
         if self.optimizer_step_limit is not None:  # SpeechBrain 1.1 reads it as a string
             self.optimizer_step_limit = int(self.optimizer_step_limit)
-        self.history = History()
+        #: Modules as they were given, neither compiled nor wrapped for several processes.
+        self.plain_modules = dict(self.modules.items())
+        self.history = History([processes(), self.grad_accumulation_factor])
         self.skipped_in_a_row = 0
+        self.spoilt = None  # why the update under way must be skipped
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("history", self.history)
 
     def make_train_loader(self, dataset, **loader_kwargs):
-        """A loader that goes through ``dataset`` in shuffled passes, cut into epochs of updates."""
-        # valid_every updates on all processes together
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        items = self.hparams.batch_size * self.grad_accumulation_factor * processes
-        sampler = UpdateSampler(len(dataset), self.hparams.valid_every * items, self.hparams.seed)
-        loader = self.make_dataloader(
-            dataset,
-            stage=sb.Stage.TRAIN,
-            sampler=sampler,
-            batch_size=self.hparams.batch_size,
-            collate_fn=PaddedBatch,
-            **loader_kwargs,
+        """A loader that goes through ``dataset`` in shuffled passes, cut into epochs of updates.
+
+        Each process has its share: batch b of process r of P is made of items that one process
+        with a batch P times as large would have had in its batch b.
+        """
+        # SpeechBrain's make_dataloader would wrap the sampler in its own DistributedSampler, which
+        # lists an epoch beforehand and shuffles batches once more.
+        batches = self.hparams.valid_every * self.grad_accumulation_factor * processes()
+        max_seconds = getattr(self.hparams, "max_batch_seconds", None)
+        if max_seconds is None:
+            sampler = UpdateSampler(
+                len(dataset), batches * self.hparams.batch_size, self.hparams.seed
+            )
+            how = {"batch_size": self.hparams.batch_size}
+        else:
+            sampler = UpdateBatchSampler(
+                dataset.seconds(), batches, self.hparams.seed, max_seconds, self.hparams.batch_size
+            )
+            how = {}
+        self.train_sampler = ShareOfSampler(sampler, rank(), processes())
+        how["sampler" if how else "batch_sampler"] = self.train_sampler
+        loader = sb.dataio.dataloader.make_dataloader(
+            dataset, collate_fn=PaddedBatch, **how, **loader_kwargs
         )
-        self.train_sampler = self.train_sampler or sampler
+        if self.checkpointer is not None:
+            self.checkpointer.add_recoverable("dataloader-TRAIN", loader)
         return loader
+
+    def make_valid_loader(self, dataset, **loader_kwargs):
+        """A loader of this process's share of ``dataset``, in order.
+
+        Scores are put back in the order of ``dataset`` by
+        :func:`pi_finetune.distributed.gather_in_turn`.
+        """
+        if processes() > 1:
+            dataset = Subset(dataset, range(rank(), len(dataset), processes()))
+        return DataLoader(dataset, collate_fn=PaddedBatch, **loader_kwargs)
+
+    def fit(self, *args, **kwargs):
+        """As SpeechBrain's; a loader worker that died is an error one can read."""
+        try:
+            super().fit(*args, **kwargs)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that loads data died ({str(error).splitlines()[0]}). Most often the "
+                "system ended it for want of memory: lower num_workers, batch_size or "
+                "valid_batch_size. The last checkpoint is intact; the same command continues."
+            ) from error
+
+    @contextlib.contextmanager
+    def no_sync(self, use=True):
+        """As SpeechBrain's, which leaves synchronisation off for ever after an exception."""
+        wrapped = [m for m in self.modules.values() if hasattr(m, "require_backward_grad_sync")]
+        before = [module.require_backward_grad_sync for module in wrapped]
+        try:
+            for module in wrapped if use else []:
+                module.require_backward_grad_sync = False
+            yield
+        finally:
+            for module, value in zip(wrapped, before):
+                module.require_backward_grad_sync = value
 
     def init_optimizers(self):
         """Give the optimiser the trainable parameters only."""
@@ -116,43 +201,57 @@ class UpdateBrain(sb.Brain):
             group["lr"] = rate
 
     def fit_batch(self, batch):
-        """One step; a non-finite one is skipped, logged and, too often in a row, an error."""
+        """One step; a non-finite one is skipped, logged and, too often in a row, an error.
+
+        With gradient accumulation one bad batch spoils the update it is part of.
+        """
         try:
-            loss = super().fit_batch(batch)
-            self.skipped_in_a_row = 0
-            return loss
+            return mean_over_processes(super().fit_batch(batch))
         except NonFiniteStep as reason:
             self.zero_grad()
-            self.history.skipped += 1
-            self.skipped_in_a_row += 1
-            logger.warning(
-                f"Update skipped: {reason} on utterances {batch.id} "
-                f"({self.skipped_in_a_row} in a row, {self.history.skipped} in all)."
-            )
-            if self.skipped_in_a_row > self.nonfinite_patience:
-                raise UserError(
-                    f"{self.skipped_in_a_row} updates in a row had {reason}, the last on "
-                    f"utterances {batch.id}. Lower lr (raise gamma, with soft-DTW), or look for "
-                    "broken audio among them; nonfinite_patience sets how many are allowed. The "
-                    "last checkpoint is intact."
-                ) from None
+            self.spoilt = f"{reason} on utterances {batch.id}"
+            if self.step % self.grad_accumulation_factor == 0:
+                self._skip()
             return torch.tensor(math.nan)
+
+    def _skip(self):
+        self.zero_grad()
+        self.history.skipped += 1
+        self.skipped_in_a_row += 1
+        logger.warning(
+            f"Update skipped: {self.spoilt} "
+            f"({self.skipped_in_a_row} in a row, {self.history.skipped} in all)."
+        )
+        if self.skipped_in_a_row > self.nonfinite_patience:
+            raise UserError(
+                f"{self.skipped_in_a_row} updates in a row had {self.spoilt} (the last). Lower lr "
+                "(raise gamma, with soft-DTW), or look for broken audio among them; "
+                "nonfinite_patience sets how many are allowed. The last checkpoint is intact."
+            )
+        self.spoilt = None
 
     def check_loss_isfinite(self, loss):
         """Called by ``fit_batch`` before the backward pass."""
-        finite = torch.isfinite(loss.detach()).float()
-        if torch.distributed.is_initialized():  # all processes must agree to skip
-            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
-        if not finite:
+        # All processes must agree to skip: what is not finite in one is not in the mean.
+        if not torch.isfinite(mean_over_processes(loss.detach())):
             raise NonFiniteStep("a non-finite loss")
 
     def optimizers_step(self):
-        """Clip and step, unless the gradient is not finite (GradScaler sees to that itself)."""
+        """Clip and step, unless the update is spoilt or its gradient not finite."""
+        if self.spoilt is not None:
+            self._skip()
+            return
         if not self.scaler.is_enabled():
             gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]
             if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
                 raise NonFiniteStep("a non-finite gradient")
+        scale = self.scaler.get_scale()
         super().optimizers_step()
+        if self.scaler.get_scale() < scale:  # fp16: the scaler made no step and lowered its scale
+            self.optimizer_step -= 1
+            self.history.skipped += 1
+            return
+        self.skipped_in_a_row = 0
 
     def on_stage_start(self, stage, epoch=None):
         """Start the clock of an epoch."""

@@ -1,10 +1,13 @@
 """Datasets of noisy/clean pairs, and the sampler that counts in updates."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from speechbrain.dataio.sampler import DynamicBatchSampler
 from torch.utils.data import Dataset, Sampler
 
 from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
@@ -54,6 +57,11 @@ class SpeechPairs(Dataset):
         """The id of the pair at ``index``, without reading audio."""
         key, snr = self.items[index]
         return key if snr is None else f"{key}@{snr:g}dB"
+
+    def seconds(self):
+        """Length of each pair in seconds, as it is loaded."""
+        longest = float("inf") if self.segment is None else self.segment / SAMPLE_RATE
+        return [min(self.manifest[key]["duration"], longest) for key, _ in self.items]
 
     def fingerprint(self):
         """A short digest of everything that determines the pairs, file contents aside."""
@@ -142,6 +150,93 @@ class UpdateSampler(Sampler):
                 order = torch.randperm(self.dataset_size, generator=generator).tolist()
                 order_pass = data_pass
             yield order[index], data_pass
+
+
+class UpdateBatchSampler(Sampler):
+    """Like :class:`UpdateSampler`, in batches of utterances of similar length.
+
+    Every pass is divided anew into batches by SpeechBrain's DynamicBatchSampler, in buckets that
+    hold equally many utterances each. An utterance is in one batch of a pass; the last batch of a
+    bucket may be small. The order depends on the seed alone.
+
+    Arguments
+    ---------
+    seconds : list of float
+        Length of each utterance as it is loaded.
+    batches_per_epoch : int
+    seed : int
+    max_batch_seconds : float
+        Most seconds in a batch, padding included; a longer utterance is a batch by itself.
+    max_batch_size : int
+        Most utterances in a batch.
+    buckets : int
+        Default 20.
+
+    Yields
+    ------
+    list of (int, int)
+        A batch: index of each utterance, and number of the pass over the data, from 0.
+    """
+
+    def __init__(
+        self, seconds, batches_per_epoch, seed, max_batch_seconds, max_batch_size, buckets=20
+    ):
+        self.seconds = [float(value) for value in seconds]
+        self.batches_per_epoch = batches_per_epoch
+        self.seed = seed
+        shares = np.arange(1, buckets + 1) / buckets
+        self.options = {
+            "max_batch_length": max_batch_seconds,
+            "max_batch_ex": max_batch_size,
+            "bucket_boundaries": sorted({*np.quantile(self.seconds, shares, method="higher")}),
+        }
+        self.epoch = 1
+
+    def set_epoch(self, epoch):
+        """Called by SpeechBrain's Brain before each epoch (the first is 1)."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.batches_per_epoch
+
+    def batches(self, data_pass):
+        """The batches of a pass; equally many in each, since the buckets stay the same."""
+        sampler = DynamicBatchSampler(
+            self.seconds,
+            lengths_list=self.seconds,
+            seed=self.seed * 1_000_003 + data_pass,
+            epoch=1,  # at 0 it logs statistics of every bucket
+            **self.options,
+        )
+        return list(sampler)
+
+    def __iter__(self):
+        batches, made = self.batches(0), 0
+        first = (self.epoch - 1) * self.batches_per_epoch
+        for position in range(first, first + self.batches_per_epoch):
+            data_pass, index = divmod(position, len(batches))
+            if data_pass != made:
+                batches, made = self.batches(data_pass), data_pass
+            yield [(i, data_pass) for i in batches[index]]
+
+
+class ShareOfSampler(Sampler):
+    """What process ``rank`` of ``processes`` gets of a sampler: every ``processes``-th from it."""
+
+    def __init__(self, sampler, rank, processes):
+        self.sampler = sampler
+        self.rank = rank
+        self.processes = processes
+
+    def set_epoch(self, epoch):
+        """Called by SpeechBrain's Brain before each epoch (the first is 1)."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self):
+        return len(self.sampler) // self.processes
+
+    def __iter__(self):
+        return itertools.islice(self.sampler, self.rank, None, self.processes)
 
 
 def sample_lengths(padded):

@@ -1,0 +1,238 @@
+"""Time a training step by stage: soft-DTW beside MSE, and beside SpeechBrain's teacher with MSE.
+
+    python benchmarks/train_step.py --json FILE
+    python benchmarks/train_step.py --teacher_source assets/models/teacher --seconds 6
+
+The teacher is a randomly initialised HuBERT-base unless one is given (time does not depend on the
+weights). All variants see the same batch and take turns, so that what else the machine does falls
+on all of them; a ratio is the median over repetitions of the ratio within a repetition. Compare
+figures of one run only.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import tempfile
+import time
+
+import speechbrain
+import torch
+import transformers
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.integrations.huggingface.hubert import HuBERT
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from pi_finetune.config import load_hparams
+from pi_finetune.data.audio import SAMPLE_RATE
+from pi_finetune.files import write_text
+from pi_finetune.perturbations import NoPerturbation
+from pi_finetune.seeding import utterance_rng
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STRATEGIES = ("mse", "soft_dtw", "soft_dtw_no_speed")
+
+
+def random_base(folder):
+    """A HuBERT-base with random weights, as ``transformers`` saves it."""
+    torch.manual_seed(0)
+    transformers.HubertModel(transformers.HubertConfig()).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+    return str(folder)
+
+
+class Clock:
+    """Seconds between calls, by name."""
+
+    def __init__(self, device):
+        self.device = device
+        self.stages = {}
+        self._wait()
+        self.last = time.perf_counter()
+
+    def _wait(self):
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+    def __call__(self, stage):
+        self._wait()
+        now = time.perf_counter()
+        self.stages[stage] = now - self.last
+        self.last = now
+
+
+class Ours:
+    """One step of a strategy's YAML, stage by stage as RepresentationObjective does it."""
+
+    def __init__(self, name, options, teacher, device):
+        strategy, overrides = name, {"strategy": name, "asr_source": None, **options}
+        hparams, _ = load_hparams(ROOT / "hparams" / f"{strategy}.yaml", overrides)
+        self.data = hparams["train_data"]
+        self.enhancer = hparams["enhancer"].to(device).train()
+        self.optimizer = hparams["opt_class"](self.enhancer.parameters())
+        self.objective = hparams["objective"].terms["representation"]
+        self.objective.teacher = teacher
+        self.max_grad_norm = hparams["max_grad_norm"]
+        self.seed = hparams["seed"]
+        self.device = device
+
+    def compare(self, clock, enhanced, clean, lengths, ids):
+        rngs = [utterance_rng(self.seed, 0, key, "perturbation") for key in ids]
+        objective = self.objective
+        with torch.no_grad():
+            y = objective.represent(clean, lengths, rngs, objective.perturbation)
+        clock("teacher, clean")
+        x = objective.represent(enhanced, lengths, rngs, NoPerturbation())
+        clock("teacher, enhanced")
+        return objective.distance(*x, *y).mean()
+
+    def step(self, ids, noisy, clean, lengths):
+        clock = Clock(self.device)
+        batch = PaddedBatch([self.data[i, 0] for i in ids])
+        clock("loading and mixing")
+        enhanced = self.enhancer(noisy, lengths)
+        clock("enhancer")
+        loss = self.compare(clock, enhanced, clean, lengths, batch.id)
+        clock("distance")
+        loss.backward()
+        clock("backward")
+        torch.nn.utils.clip_grad_norm_(self.enhancer.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        clock("optimiser")
+        return clock.stages
+
+
+class Plain(Ours):
+    """The same step with SpeechBrain's teacher: unfrozen, so that a gradient gets through."""
+
+    def __init__(self, options, teacher, device):
+        super().__init__("mse", options, None, device)
+        self.teacher = (
+            HuBERT(teacher, "", freeze=False).to(device).float().eval().requires_grad_(False)
+        )
+
+    def compare(self, clock, enhanced, clean, lengths, ids):
+        shares = lengths / lengths.max()
+        y = self.teacher(clean, shares)
+        clock("teacher, clean")
+        x = self.teacher(enhanced, shares)
+        clock("teacher, enhanced")
+        return (x - y).square().mean()
+
+
+def waveforms(data, ids, samples, device):
+    """Noisy and clean [B, T] of exactly ``samples``: shorter utterances go round."""
+    items = [data[i, 0] for i in ids]
+    return [
+        torch.stack([item[k].repeat(-(-samples // len(item[k])))[:samples] for item in items]).to(
+            device
+        )
+        for k in ("noisy", "clean")
+    ]
+
+
+def measure(arguments, folder):
+    device = arguments.device
+    source = arguments.teacher_source or random_base(pathlib.Path(folder) / "base")
+    options = {"segment_seconds": arguments.seconds, "teacher_source": source}
+    first = Ours("mse", options, None, device)
+    teacher = load_hparams(ROOT / "hparams/mse.yaml", {**options, "asr_source": None})[0]["teacher"]
+    teacher.to(device)
+    variants = {name: Ours(name, options, teacher, device) for name in arguments.variants}
+    if teacher.family == "hubert":
+        variants["speechbrain_mse"] = Plain(options, source, device)
+    ids = list(range(arguments.batch_size))
+    samples = int(arguments.seconds * SAMPLE_RATE)
+    noisy, clean = waveforms(first.data, ids, samples, device)
+    lengths = torch.full((len(ids),), samples, device=device)
+
+    times = {name: [] for name in variants}
+    for repeat in range(arguments.repeats + 1):
+        names = collections.deque(variants)
+        names.rotate(repeat)
+        for name in names:
+            stages = variants[name].step(ids, noisy, clean, lengths)
+            if repeat:  # the first warms up
+                times[name].append(stages)
+                print(f"{repeat}/{arguments.repeats} {name}: {sum(stages.values()):.2f} s")
+    return teacher, times
+
+
+def summary(times):
+    """Medians in seconds, and ratios of whole steps."""
+    table = {}
+    for name, steps in times.items():
+        table[name] = {k: statistics.median(step[k] for step in steps) for k in steps[0]}
+        table[name]["step"] = statistics.median(sum(step.values()) for step in steps)
+    ratios = {}
+    for name in times:
+        for base in ("mse", "speechbrain_mse"):
+            if base in times and name != base:
+                pairs = zip(times[name], times[base])
+                each = [sum(one.values()) / sum(other.values()) for one, other in pairs]
+                ratios[f"{name} / {base}"] = statistics.median(each)
+    return table, ratios
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher_source", help="folder or hub name; default: random HuBERT-base")
+    parser.add_argument("--variants", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of every utterance")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the results there")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    arguments = parse(argv)
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        teacher, times = measure(arguments, folder)
+    table, ratios = summary(times)
+    stages = list(next(iter(table.values())))
+    print("\n| seconds | " + " | ".join(table) + " |")
+    print("|---|" + "---:|" * len(table))
+    for stage in stages:
+        print(f"| {stage} | " + " | ".join(f"{row[stage]:.4f}" for row in table.values()) + " |")
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.3f}")
+    if arguments.json:
+        size = sum(p.numel() for p in teacher.encoder.parameters())
+        result = {
+            "teacher": {"given": arguments.teacher_source, "family": teacher.family},
+            "setting": {
+                "teacher_parameters": size,
+                "batch_size": arguments.batch_size,
+                "seconds": arguments.seconds,
+                "repeats": arguments.repeats,
+                "threads": arguments.threads,
+                "device": arguments.device,
+            },
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "cpus": os.cpu_count(),
+                "load_average": os.getloadavg()[0],
+            },
+            "versions": {
+                module.__name__: module.__version__ for module in (torch, transformers, speechbrain)
+            },
+            "median_seconds": table,
+            "ratios": ratios,
+        }
+        write_text(arguments.json, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

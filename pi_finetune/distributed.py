@@ -1,0 +1,84 @@
+"""Several processes, as ``torchrun`` starts them: what SpeechBrain leaves open."""
+
+import dataclasses
+import os
+
+import speechbrain as sb
+import torch
+
+from pi_finetune.errors import UserError
+
+
+def start_processes(run_opts):
+    """Join the group of processes if ``torchrun`` started this one; nothing otherwise.
+
+    Without a GPU the backend is gloo, whatever ``--distributed_backend`` defaults to.
+
+    Arguments
+    ---------
+    run_opts : speechbrain.utils.run_opts.RunOptions
+
+    Returns
+    -------
+    speechbrain.utils.run_opts.RunOptions
+        With the backend that is used.
+    """
+    if "RANK" in os.environ and not torch.cuda.is_available():
+        run_opts = dataclasses.replace(
+            run_opts,
+            distributed_backend="gloo",
+            overridden_args=run_opts.overridden_args | {"distributed_backend"},
+        )
+    sb.utils.distributed.ddp_init_group(run_opts)
+    return run_opts
+
+
+def processes():
+    """How many processes work together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank():
+    """Which of them this is, from 0, the main one."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def on_main(function, *args):
+    """Run ``function(*args)`` on the main process; all return its value or raise its UserError.
+
+    (SpeechBrain's ``run_on_main`` leaves the others waiting if it raises.) Only the main one's
+    error has a text, so that :func:`pi_finetune.errors.command` shows it once.
+    """
+    value = error = None
+    if rank() == 0:
+        try:
+            value = function(*args)
+        except UserError as reason:
+            error = str(reason)
+    value, error = sb.utils.distributed.ddp_broadcast((value, error))
+    if error is not None:
+        raise UserError(error if rank() == 0 else "")
+    return value
+
+
+def mean_over_processes(value):
+    """The mean of a tensor over all processes, on each of them."""
+    if processes() == 1:
+        return value
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else value.device
+    total = value.detach().clone().to(device)
+    torch.distributed.all_reduce(total)
+    return total.to(value.device) / processes()
+
+
+def gather_in_turn(items):
+    """The lists of all processes as one: first of each in order of rank, second of each, ...
+
+    The order of the whole, if process r was given its items r, r + P, r + 2 P, ...
+    """
+    if processes() == 1:
+        return items
+    lists = [None] * processes()
+    torch.distributed.all_gather_object(lists, items)
+    longest = max(map(len, lists))
+    return [part[i] for i in range(longest) for part in lists if i < len(part)]

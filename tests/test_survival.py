@@ -1,0 +1,241 @@
+"""What ends a training in the middle: kills, full disks, damaged files, dead workers."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+import errno
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from test_train_evaluate import (  # noqa: F401
+    evaluate,
+    pretrained,
+    train,
+    validations,
+)
+
+from pi_finetune.brains.enhancement import EnhancementBrain
+from pi_finetune.checkpoints import SUMS_FILE, Checkpointer
+from pi_finetune.data import loading
+
+EVERY_STEP = {"ckpt_interval_minutes": 0, "ckpt_interval_steps": 1}
+STRAIGHT = {}
+
+
+def in_a_process(function, kill_after=None):
+    """Run ``function()`` in a process of its own, ended by SIGKILL after so many seconds."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join(60 if kill_after is None else kill_after)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    return process.exitcode
+
+
+def checkpoints(run):
+    return sorted(run.glob("save/CKPT*"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def assert_same_end(one, other):
+    expected, got = (
+        torch.load(checkpoints(run)[-1] / "enhancer.ckpt", weights_only=True)
+        for run in (one, other)
+    )
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    keys = ("update", "objective", "train_objective", "si_sdr", "lr")
+    for a, b in zip(validations(one), validations(other), strict=True):
+        assert [a[key] for key in keys] == [b[key] for key in keys]
+
+
+@pytest.fixture
+def straight(train):
+    """An uninterrupted run, made once."""
+    if "mse" not in STRAIGHT:
+        STRAIGHT["mse"] = train("mse", "straight", **EVERY_STEP)
+    return STRAIGHT["mse"]
+
+
+def test_sigkill_at_random_moments_changes_nothing(train, tmp_path):
+    started = time.monotonic()
+    straight = train("soft_dtw", "straight", **EVERY_STEP)
+    took = time.monotonic() - started
+    draw, codes = random.Random(0), []
+    while not codes or codes[-1] != 0:
+        after = None if len(codes) >= 6 else took * draw.uniform(0.1, 0.7)
+        codes.append(in_a_process(lambda: train("soft_dtw", "killed", **EVERY_STEP), after))
+    assert codes[0] == -signal.SIGKILL and codes[-1] == 0
+    assert_same_end(straight, tmp_path / "killed" / "soft_dtw" / "1234")
+
+
+@pytest.mark.parametrize("file", ["enhancer.ckpt", "optimizer.ckpt", "CKPT.yaml", SUMS_FILE])
+def test_sigkill_while_a_checkpoint_is_written(train, straight, tmp_path, file):
+    """Killed when the third checkpoint's ``file`` is half written."""
+    killed = tmp_path / "killed" / "mse" / "1234"
+
+    def train_and_die():
+        finish, save_file, made = Checkpointer._finish, torch.save, []
+
+        def die(path):
+            path.write_bytes(path.read_bytes()[:20])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def count(checkpoint):
+            made.append(1)
+            if file == SUMS_FILE and len(made) == 3:
+                (checkpoint.path / SUMS_FILE).write_text("{" * 30)
+                die(checkpoint.path / SUMS_FILE)
+            if file == "CKPT.yaml" and len(made) == 3:
+                die(checkpoint.path / file)
+            return finish(checkpoint)
+
+        def half(state, path, *args, **kwargs):
+            save_file(state, path, *args, **kwargs)
+            if len(made) == 2 and str(path).endswith(file):
+                die(path)
+
+        Checkpointer._finish = staticmethod(count)
+        torch.save = half
+        train("mse", "killed", **EVERY_STEP)
+
+    assert in_a_process(train_and_die) == -signal.SIGKILL
+    assert len(checkpoints(killed)) == 2 and list(killed.glob("save/unfinished*"))
+    train("mse", "killed", **EVERY_STEP)
+    assert_same_end(straight, killed)
+    assert not list(killed.glob("save/unfinished*"))
+
+
+def _full_disk(monkeypatch, at):
+    """The ``at``-th checkpoint meets a full disk."""
+    save, calls = torch.save, []
+
+    def full(state, path, *args, **kwargs):
+        if str(path).endswith("enhancer.ckpt"):
+            calls.append(1)
+        if len(calls) == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(state, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_used(
+    train, straight, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        _full_disk(patch, 3)
+        with pytest.raises(SystemExit):
+            train("mse", "full", **EVERY_STEP)
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "The ones before are intact" in error
+    run = tmp_path / "full" / "mse" / "1234"
+    assert len(checkpoints(run)) == 2 and not list(run.glob("save/unfinished*"))
+    train("mse", "full", **EVERY_STEP)
+    assert_same_end(straight, run)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "description"])
+def test_a_damaged_checkpoint_falls_back_on_the_one_before(train, straight, tmp_path, damage):
+    def stop(self):
+        if self.optimizer_step == 3:
+            raise KeyboardInterrupt
+        step(self)
+
+    step = EnhancementBrain.optimizers_step
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(EnhancementBrain, "optimizers_step", stop)
+        train("mse", "damaged", **EVERY_STEP)
+    run = tmp_path / "damaged" / "mse" / "1234"
+    latest = checkpoints(run)[-1]
+    file = latest / "enhancer.ckpt"
+    content = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(content[:100])
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "flipped":
+        file.write_bytes(content[:-500] + bytes([content[-500] ^ 1]) + content[-499:])
+    else:
+        (latest / "CKPT.yaml").write_text("end-of-")
+    train("mse", "damaged", **EVERY_STEP)
+    log = (run / "log.txt").read_text()
+    assert f"Damaged checkpoints ({latest.name}: " in log
+    assert_same_end(straight, run)
+
+
+def test_no_whole_checkpoint_is_an_error_and_no_new_start(train, capsys):
+    run = train("mse", **EVERY_STEP)
+    for folder in checkpoints(run):
+        (folder / "optimizer.ckpt").write_bytes(b"")
+    before = (run / "valid.jsonl").read_text()
+    with pytest.raises(SystemExit):
+        train("mse", **EVERY_STEP)
+    error = capsys.readouterr().err
+    assert "no checkpoint is whole" in error and "optimizer.ckpt has 0 of" in error
+    assert "remove this folder to start training anew" in error
+    assert (run / "valid.jsonl").read_text() == before
+
+
+def test_the_best_and_the_latest_two_are_kept(tmp_path):
+    counter = torch.nn.Linear(1, 1)
+    checkpointer = Checkpointer(tmp_path, {"counter": counter})
+    for update, selection in enumerate([5, 1, 4, 3, 6, 7]):
+        checkpointer.save_and_keep_only(
+            meta={"update": update, "selection": selection}, min_keys=["selection"], num_to_keep=1
+        )
+        checkpointer.save_and_keep_only(  # as the Brain does within an epoch
+            meta={"within": True, "update": update},
+            end_of_epoch=False,
+            ckpt_predicate=lambda c: "within" in c.meta,
+        )
+    kept = sorted((c.meta["update"], "within" in c.meta) for c in checkpointer.list_checkpoints())
+    assert kept == [(1, False), (5, False), (5, True)]
+    best = checkpointer.recover_if_possible(min_key="selection")
+    assert best.meta["update"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_audio_in_the_middle_of_an_epoch_is_named(train, corpus, tmp_path, capsys, workers):
+    folder = shutil.copytree(corpus, tmp_path / "corpus")
+    bad = folder / "train" / "10" / "1" / "10-1-0003.flac"
+    content = bad.read_bytes()
+    bad.write_bytes(content[:600] + bytes(len(content) - 600))  # a whole header, no frames
+    with pytest.raises(SystemExit):
+        train("mse", data_folder=folder, updates=8, valid_every=4, num_workers=workers)
+    error = capsys.readouterr().err
+    assert "10-1-0003.flac" in error and "Remove or replace" in error
+    assert "Traceback" not in error
+
+
+def test_a_loader_worker_killed_by_the_system_is_explained(train, monkeypatch, capsys):
+    read = loading.SpeechPairs.__getitem__
+
+    def killed(self, address):
+        if torch.utils.data.get_worker_info() is not None and isinstance(address, tuple):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, address)
+
+    monkeypatch.setattr(loading.SpeechPairs, "__getitem__", killed)
+    with pytest.raises(SystemExit):
+        train("mse", num_workers=1)
+    error = capsys.readouterr().err
+    assert "a process that loads data died" in error and "lower num_workers" in error
+
+
+def test_nothing_opens_a_socket(train, evaluate, monkeypatch):
+    """With HF_HUB_OFFLINE=1 (set for all tests) no connection is tried, let alone made."""
+
+    def refuse(self, address, *args):
+        raise AssertionError(f"a connection to {address} was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    run = train("soft_dtw")
+    evaluate(["noisy", str(run)])
