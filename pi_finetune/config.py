@@ -49,7 +49,10 @@ def load_hparams(path, overrides=None):
         _check_keys(overrides, tree, path)
         recursive_update(tree, overrides)
     try:
-        text = resolve_references(io.StringIO(_dump(tree))).getvalue()
+        text = _dump(tree)
+        # One pass leaves a reference to what is itself a reference further down.
+        for _ in range(2):
+            text = resolve_references(io.StringIO(text)).getvalue()
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: !include names a file that is not there: {error.filename}"
