@@ -52,7 +52,10 @@ def load_hparams(path, overrides=None):
             else:  # a list may become a mapping, a block a word
                 tree[key] = value
     try:
-        text = resolve_references(io.StringIO(_dump(tree))).getvalue()
+        text = _dump(tree)
+        # One pass leaves a reference to what is itself a reference further down.
+        for _ in range(2):
+            text = resolve_references(io.StringIO(text)).getvalue()
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: !include names a file that is not there: {error.filename}"

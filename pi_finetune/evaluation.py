@@ -128,7 +128,7 @@ def evaluate_system(
             wavs = batch.noisy.data.to(device)
             if enhancer is not None:
                 wavs = enhancer(wavs, lengths)
-            texts = {r.name: r(wavs, lengths) for r in recognizers}
+            texts = [(r, r(wavs, lengths)) for r in recognizers]
             sizes = lengths.tolist()
             estimates = [wav[:n] for wav, n in zip(wavs.cpu().numpy(), sizes)]
             references = [wav[:n] for wav, n in zip(batch.clean.data.numpy(), sizes)]
@@ -144,8 +144,8 @@ def evaluate_system(
                     "duration": round(sizes[i] / SAMPLE_RATE, 4),
                     **signal,
                     "asr": {
-                        name: metrics.word_errors(reference, text[i])
-                        for name, text in texts.items()
+                        r.name: metrics.recognition_errors(r, reference, text[i])
+                        for r, text in texts
                         if reference is not None
                     },
                 }

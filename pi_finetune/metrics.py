@@ -1,4 +1,4 @@
-"""Per-utterance scores of enhanced speech, and word errors of what a recogniser heard.
+"""Per-utterance scores of enhanced speech, and errors of what a recogniser heard.
 
 The reference comes first everywhere, as in ``pesq``, ``pystoi`` and ``jiwer``.
 A score that cannot be computed (silence on either side, too short, not finite)
@@ -241,33 +241,85 @@ def word_errors(reference, hypothesis):
         ``hypothesis``, ``reference`` (as given) and the counts ``hits``,
         ``substitutions``, ``deletions``, ``insertions``.
     """
-    for name, text in (("reference", reference), ("hypothesis", hypothesis)):
-        if not isinstance(text, str):
-            raise TypeError(f"{name} must be a str, got {type(text).__name__}")
-    counts = {"hits": 0, "substitutions": 0, "deletions": 0, "insertions": 0}
-    words, heard = normalise_text(reference), normalise_text(hypothesis)
-    if words:
-        import jiwer
-
-        output = jiwer.process_words(words, heard)
-        counts = {name: getattr(output, name) for name in counts}
-    else:  # jiwer refuses an empty reference
-        counts["insertions"] = len(heard.split())
+    _check_texts(reference, hypothesis)
+    counts = _edits(normalise_text(reference), normalise_text(hypothesis))
     return {"hypothesis": hypothesis, "reference": reference, **counts}
 
 
+def phoneme_errors(reference, hypothesis):
+    """Phoneme errors of one utterance.
+
+    Arguments
+    ---------
+    reference : str
+        Raw text, of which :func:`pi_finetune.phonemes.phonemes` makes phonemes.
+    hypothesis : str
+        Phonemes separated by blanks.
+
+    Returns
+    -------
+    dict
+        As of :func:`word_errors`, with the reference's phonemes as ``reference``, and
+        ``"unit": "phoneme"``.
+    """
+    from pi_finetune.phonemes import phonemes
+
+    _check_texts(reference, hypothesis)
+    reference = " ".join(phonemes(reference))
+    counts = _edits(reference, hypothesis)
+    return {"hypothesis": hypothesis, "reference": reference, "unit": "phoneme", **counts}
+
+
+def recognition_errors(recognizer, reference, hypothesis):
+    """Errors of one utterance in the unit that a recogniser writes.
+
+    Arguments
+    ---------
+    recognizer : object
+        Its attribute ``unit`` says which: ``word`` (also if it has none) or ``phoneme``.
+    reference, hypothesis : str
+        Raw text of the utterance, and what the recogniser wrote.
+
+    Returns
+    -------
+    dict
+        Of :func:`word_errors` or :func:`phoneme_errors`.
+    """
+    errors = {"word": word_errors, "phoneme": phoneme_errors}
+    return errors[getattr(recognizer, "unit", "word")](reference, hypothesis)
+
+
+def _check_texts(reference, hypothesis):
+    for name, text in (("reference", reference), ("hypothesis", hypothesis)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a str, got {type(text).__name__}")
+
+
+def _edits(reference, hypothesis):
+    """Counts of the best alignment of two texts, token by token."""
+    counts = {"hits": 0, "substitutions": 0, "deletions": 0, "insertions": 0}
+    if reference:
+        import jiwer
+
+        output = jiwer.process_words(reference, hypothesis)
+        return {name: getattr(output, name) for name in counts}
+    # jiwer refuses an empty reference
+    return {**counts, "insertions": len(hypothesis.split())}
+
+
 def wer(records):
-    """Word error rate of a set in percent: all errors over all reference words.
+    """Word or phoneme error rate of a set in percent: all errors over all reference tokens.
 
     Arguments
     ---------
     records : iterable of (dict or None)
-        What :func:`word_errors` returned; None (no transcript) is passed over.
+        What :func:`word_errors` or :func:`phoneme_errors` returned, of one unit; None (no
+        transcript) is passed over.
 
     Returns
     -------
     float or None
-        None where the references hold no word. Insertions can push it over 100.
+        None where the references are empty. Insertions can push it over 100.
     """
     records = [record for record in records if record is not None]
     errors = sum(r["substitutions"] + r["deletions"] + r["insertions"] for r in records)

@@ -1,6 +1,7 @@
 """Recognisers behind one interface: ``recognizer(wavs [B, T], lengths [B]) -> list[str]``.
 
-Texts are raw; normalising them is the business of :func:`pi_finetune.metrics.word_errors`.
+Texts are raw; normalising them is the business of :func:`pi_finetune.metrics.recognition_errors`.
+The attribute ``unit`` says what a text is made of: ``word``, or ``phoneme`` (separated by blanks).
 What an utterance is batched with does not change its text. An utterance with a
 non-finite sample (a diverged enhancer's) has the text "".
 """
@@ -23,6 +24,7 @@ from transformers.utils import logging
 from pi_finetune.config import PROJECT_ROOT
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
+from pi_finetune.phonemes import inventory, phonemes
 from pi_finetune.teacher import SAMPLE_RATE, Teacher
 
 CONFIG_FILE = "asr.yaml"
@@ -84,6 +86,7 @@ class WhisperRecognizer:
     """
 
     SECONDS = 30
+    unit = "word"
 
     def __init__(self, source, language="en"):
         self.name = Path(source).name or str(source)
@@ -140,6 +143,8 @@ class CTCRecognizer:
     ----------
     name : str
         As given in training.
+    unit : str
+        ``word`` or ``phoneme``, whatever it was trained to write.
     encoder : Teacher
     head : CTCHead
     """
@@ -154,7 +159,11 @@ class CTCRecognizer:
                 "held then and no longer holds: restore that encoder, or train the recogniser "
                 "again with recipes/train_asr.py"
             )
-        self.tokenizer = CharacterTokenizer(config["characters"])
+        if "phonemes" in config:
+            self.tokenizer = PhonemeTokenizer(config["phonemes"])
+        else:
+            self.tokenizer = CharacterTokenizer(config["characters"])
+        self.unit = self.tokenizer.unit
         self.head = CTCHead(**config["head"])
         _load_weights(self.head, Path(folder) / WEIGHTS_FILE)
         self.head.requires_grad_(False).eval()
@@ -181,9 +190,10 @@ class CTCRecognizer:
 
 
 class CTCHead(nn.Module):
-    """Learned weighted sum of an encoder's layers, then BLSTM and CTC over characters.
+    """Learned weighted sum of an encoder's layers, then BLSTM or nothing, and CTC.
 
-    The recipe of SUPERB (Yang et al. 2021): one softmax weight per layer, each
+    The recipes of SUPERB (Yang et al. 2021) for characters (BLSTM) and phonemes (``depth`` 0: the
+    projection and the output layer, linear both): one softmax weight per layer, each
     layer first normalised per frame. The sum is normalised over each utterance, as
     cepstra are: most of what tells speakers apart is constant.
 
@@ -194,11 +204,11 @@ class CTCHead(nn.Module):
     dim : int
         Width D of the encoder.
     num_outputs : int
-        V, characters and blank.
+        V, characters or phonemes, and blank.
     hidden : int
         Width of the projection and, each way, of the BLSTM.
     depth : int
-        BLSTM layers.
+        BLSTM layers; 0: none.
     dropout : float
         Before the projection and after each BLSTM layer.
     """
@@ -216,14 +226,14 @@ class CTCHead(nn.Module):
         self.layer_weights = nn.Parameter(torch.zeros(num_layers))
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(dim, hidden)
-        widths = [hidden] + [2 * hidden] * (depth - 1)
+        widths = ([hidden] + [2 * hidden] * (depth - 1))[:depth]
         self.forwards = nn.ModuleList(nn.LSTM(w, hidden, batch_first=True) for w in widths)
         self.backwards = nn.ModuleList(nn.LSTM(w, hidden, batch_first=True) for w in widths)
-        self.output = nn.Linear(2 * hidden, num_outputs)
+        self.output = nn.Linear(2 * hidden if depth else hidden, num_outputs)
 
     @classmethod
     def for_encoder(cls, encoder, tokenizer, **options):
-        """A head that fits a Teacher and a CharacterTokenizer; options as of the class."""
+        """A head that fits a Teacher and a tokenizer; options as of the class."""
         return cls(encoder.num_layers + 1, encoder.dim, len(tokenizer), **options)
 
     def forward(self, states, frame_lengths):
@@ -251,7 +261,14 @@ def _normalised_over_time(x, lengths):
     return x / ((x.square().sum(1, keepdim=True) / count).sqrt() + 1e-3)
 
 
-class CharacterTokenizer:
+class _CTCTokenizer:
+    def greedy(self, log_probs, frame_lengths):
+        """Texts of the best path through log_probs [B, F, V], lengths [B] in frames."""
+        shares = frame_lengths / log_probs.shape[1]
+        return [self.decode(best) for best in ctc_greedy_decode(log_probs, shares, blank_id=0)]
+
+
+class CharacterTokenizer(_CTCTokenizer):
     """Characters to indices for CTC and back; index 0 is the blank.
 
     Arguments
@@ -260,10 +277,13 @@ class CharacterTokenizer:
         Default: upper case letters, apostrophe and space, as in LibriSpeech.
     """
 
+    unit = "word"
+
     def __init__(self, characters=CHARACTERS):
         if len(set(characters)) != len(characters) or " " not in characters:
             raise UserError("characters: name each once, the space among them.")
         self.characters = characters
+        self.config = {"characters": characters}
 
     def __len__(self):
         return len(self.characters) + 1
@@ -290,10 +310,33 @@ class CharacterTokenizer:
         """Text of a list of indices, without blanks."""
         return " ".join("".join(self.characters[i - 1] for i in indices).split())
 
-    def greedy(self, log_probs, frame_lengths):
-        """Texts of the best path through log_probs [B, F, V], lengths [B] in frames."""
-        shares = frame_lengths / log_probs.shape[1]
-        return [self.decode(best) for best in ctc_greedy_decode(log_probs, shares, blank_id=0)]
+
+class PhonemeTokenizer(_CTCTokenizer):
+    """English text to the indices of its phonemes for CTC; back to phonemes, not to text.
+
+    Arguments
+    ---------
+    phonemes : list of str, optional
+        Index 1 first; 0 is the blank. Default: those of :mod:`pi_finetune.phonemes`.
+    """
+
+    unit = "phoneme"
+
+    def __init__(self, phonemes=None):
+        self.phonemes = list(phonemes or inventory())
+        self.indices = {phoneme: i for i, phoneme in enumerate(self.phonemes, start=1)}
+        self.config = {"phonemes": self.phonemes}
+
+    def __len__(self):
+        return len(self.phonemes) + 1
+
+    def encode(self, text):
+        """List of indices of the phonemes of ``text``."""
+        return [self.indices[phoneme] for phoneme in phonemes(text)]
+
+    def decode(self, indices):
+        """Phonemes of a list of indices, separated by blanks."""
+        return " ".join(self.phonemes[i - 1] for i in indices)
 
 
 def save_recognizer(folder, name, encoder, head, tokenizer):
@@ -311,7 +354,7 @@ def save_recognizer(folder, name, encoder, head, tokenizer):
         Key of the recogniser's results in the scores.
     encoder : Teacher
     head : CTCHead
-    tokenizer : CharacterTokenizer
+    tokenizer : CharacterTokenizer or PhonemeTokenizer
     """
     source = encoder.source
     if Path(source).expanduser().is_dir():
@@ -323,7 +366,7 @@ def save_recognizer(folder, name, encoder, head, tokenizer):
         "name": name,
         "encoder": source,
         "encoder_fingerprint": fingerprint(encoder),
-        "characters": tokenizer.characters,
+        **tokenizer.config,
         "head": head.arguments,
     }
     folder = Path(folder)
@@ -331,7 +374,8 @@ def save_recognizer(folder, name, encoder, head, tokenizer):
     weights = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
     with replacing(folder / WEIGHTS_FILE) as temporary:
         save_file(weights, temporary)
-    write_text(folder / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    write_text(folder / CONFIG_FILE, text)
 
 
 def fingerprint(encoder):
@@ -365,9 +409,15 @@ def _read_config(folder):
         raise UserError(
             f"{path} cannot be read: {error}. Name a folder that recipes/train_asr.py wrote."
         ) from error
-    keys = {"name", "encoder", "encoder_fingerprint", "characters", "head"}
-    if not isinstance(config, dict) or not keys <= config.keys():
-        raise UserError(f"{path} must hold the keys {', '.join(sorted(keys))}.")
+    keys = {"name", "encoder", "encoder_fingerprint", "head"}
+    if (
+        not isinstance(config, dict)
+        or not keys <= config.keys()
+        or not {"characters", "phonemes"} & config.keys()
+    ):
+        raise UserError(
+            f"{path} must hold the keys {', '.join(sorted(keys))}, and characters or phonemes."
+        )
     return config
 
 

@@ -1,6 +1,7 @@
-"""Train the downstream recogniser: a frozen encoder, a weighted sum of its layers, a CTC head.
+"""Train a downstream recogniser: a frozen encoder, a weighted sum of its layers, a CTC head.
 
     python recipes/train_asr.py hparams/asr_ctc.yaml
+    python recipes/train_asr.py hparams/pr_ctc.yaml
     python recipes/train_asr.py hparams/asr_ctc.yaml --data_folder LibriSpeech \
         --train_splits "[train-clean-100]" --encoder_source facebook/hubert-base-ls960
 
@@ -15,7 +16,12 @@ from pathlib import Path
 from speechbrain.dataio.batch import PaddedBatch
 
 from pi_finetune import metrics
-from pi_finetune.brains.recognition import RecognitionBrain, transcribe_set, write_lines
+from pi_finetune.brains.recognition import (
+    RecognitionBrain,
+    error_rate,
+    transcribe_set,
+    write_lines,
+)
 from pi_finetune.brains.updates import start_run
 from pi_finetune.errors import command
 from pi_finetune.recognizers import load_recognizer
@@ -44,20 +50,21 @@ def main(argv):
 
 
 def test(hparams, folder):
-    """Word errors of the exported model on clean speech and at each SNR, into ``test.jsonl``."""
+    """Errors of the exported model on clean speech and at each SNR, into ``test.jsonl``."""
     recognizer, records = load_recognizer(folder), []
     mixer = hparams["test_mixer"]
     for snr in (None, *(mixer.snrs if mixer else [])):
-        words = transcribe_set(
+        errors = transcribe_set(
             recognizer,
             hparams["test_manifest"],
             mixer if snr is not None else None,
             snr,
             hparams["data_seed"],
         )
-        records += words
+        records += errors
         condition = "clean" if snr is None else f"{snr:g} dB"
-        print(f"WER on {len(words)} test utterances, {condition}: {metrics.wer(words):.2f} %")
+        rate = error_rate(recognizer).upper()
+        print(f"{rate} on {len(errors)} test utterances, {condition}: {metrics.wer(errors):.2f} %")
     write_lines(folder / "test.jsonl", records)
 
 

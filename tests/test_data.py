@@ -1,11 +1,14 @@
 """Manifests, mixing and sampling: exact, reproducible, clear about bad folders."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from speechbrain.dataio.batch import PaddedBatch
 from synthetic import voice, write_audio
 
+from pi_finetune.data.audio import read_audio
 from pi_finetune.data.corpora import prepare_noise, prepare_speech
 from pi_finetune.data.loading import (
     UpdateSampler,
@@ -81,9 +84,17 @@ def test_voicebank_layout(tmp_path):
             noisy = clean + 0.01 * rng.standard_normal(len(clean)).astype(np.float32)
             write_audio(tmp_path / f"noisy_{kind}_wav" / f"{speaker}_001.wav", noisy)
     (tmp_path / "log_testset.txt").write_text("p232_001 bus 12.5\n")
-    (tmp_path / "testset_txt").mkdir()
-    (tmp_path / "testset_txt" / "p232_001.txt").write_text("Please call Stella.\n")
-    assert list(prepare_speech(tmp_path, ["train*"])) == ["p230_001"]
+    (tmp_path / "log_trainset_28spk.txt").write_text("p226_001 cafeteria 0\np230_001 ssn 15\n")
+    for kind, speaker in (("trainset_28spk", "p230"), ("testset", "p232")):
+        (tmp_path / f"{kind}_txt").mkdir()
+        (tmp_path / f"{kind}_txt" / f"{speaker}_001.txt").write_text("Please call Stella.\n")
+    train = prepare_speech(tmp_path, ["train*"])
+    assert list(train) == ["p230_001"] == list(prepare_speech(tmp_path, ["trainset_28spk"]))
+    assert train["p230_001"]["text"] == "Please call Stella."
+    assert (train["p230_001"]["noise_class"], train["p230_001"]["snr"]) == ("ssn", 15.0)
+    for wrong in ("train_56spk", "trian", "*"):
+        with pytest.raises(UserError, match=f"'{re.escape(wrong)}'"):
+            prepare_speech(tmp_path, [wrong])
     assert list(prepare_speech(tmp_path, ["dev*"])) == ["p226_001"]
     pair = load_pairs(tmp_path, ["test*"], "test")[0]
     assert (pair["snr"], pair["noise_class"], pair["text"]) == (12.5, "bus", "Please call Stella.")
@@ -114,14 +125,33 @@ def test_noise_classes(noises, tmp_path):
         prepare_noise(tmp_path, "train")
 
 
-def test_demand_is_divided_in_time_and_by_first_channel(tmp_path):
-    for channel in (1, 2):
-        wav = 0.1 * _rng().standard_normal(10000).astype(np.float32)
-        write_audio(tmp_path / "TBUS" / f"ch{channel:02d}.wav", wav)
-    train, test = prepare_noise(tmp_path, "train"), prepare_noise(tmp_path, "test")
-    assert list(train) == list(test) == ["TBUS/ch01.wav"]
-    assert train["TBUS/ch01.wav"] == {**train["TBUS/ch01.wav"], "class": "TBUS", "start": 3500}
-    assert test["TBUS/ch01.wav"]["frames"] == 2000
+@pytest.mark.parametrize("folder", ["TBUS", "TBUS_16k"])
+def test_demand_is_divided_in_time_and_by_first_channel(tmp_path, folder):
+    """Its sixteen channels are one scene: parts must differ in time, in whatever channel."""
+    steps = 0.05 * np.arange(1, 11).repeat(1600).astype(np.float32)  # tells its place
+    for channel in range(1, 17):
+        write_audio(tmp_path / folder / f"ch{channel:02d}.wav", steps)
+    entries = {}
+    for part in ("test", "dev", "train"):
+        manifest = prepare_noise(tmp_path, part, ["TBUS"])
+        assert list(manifest) == [f"{folder}/ch01.wav"]
+        entries[part] = manifest[f"{folder}/ch01.wav"]
+        assert entries[part]["class"] == "TBUS"
+    parts = [read_audio(e["wav"], e["start"], e["frames"]) for e in entries.values()]
+    assert [len(part) for part in parts] == [3200, 2400, 10400]
+    torch.testing.assert_close(torch.cat(parts), torch.tensor(steps), atol=1e-4, rtol=0)
+
+
+def test_an_infinite_snr_is_clean_speech(noises):
+    mixer = NoiseMixer(prepare_noise(noises, "train"), [np.inf, 0])
+    clean = torch.tensor(voice(1, 100, _rng()))
+    noisy, target, info = mixer(clean, _rng(), snr=np.inf)
+    assert torch.equal(noisy, clean) and torch.equal(target, clean)
+    assert info == {"snr": None, "noise_class": None}
+    assert not torch.equal(mixer(clean, _rng(), snr=0)[0], clean)
+    for wrong in (-np.inf, np.nan):
+        with pytest.raises(UserError, match="snrs"):
+            NoiseMixer(prepare_noise(noises, "train"), [wrong])
 
 
 @pytest.mark.parametrize("snr", [-10, 0, 20])

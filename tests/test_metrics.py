@@ -190,6 +190,38 @@ def test_wer_pools_words_and_passes_over_what_has_no_transcript():
     assert metrics.wer([metrics.word_errors("", "a")]) is None
 
 
+def test_phoneme_errors_take_the_reference_to_phonemes():
+    record = metrics.phoneme_errors("The cat!", "ð ə k æ p s")
+    assert counts(record) == (4, 1, 0, 1) and record["unit"] == "phoneme"
+    assert record["reference"] == "ð ə k æ t" and record["hypothesis"] == "ð ə k æ p s"
+    assert counts(metrics.phoneme_errors("the cat", "")) == (0, 0, 5, 0)
+    assert counts(metrics.phoneme_errors("...", "k")) == (0, 0, 0, 1)
+    with pytest.raises(TypeError, match="hypothesis must be a str"):
+        metrics.phoneme_errors("A", None)
+
+
+def test_phoneme_error_rate_is_that_of_speechbrain():
+    from speechbrain.utils.metric_stats import ErrorRateStats
+
+    pairs = [("the cat sat", "ð ə k æ t s æ"), ("on a mat", "ɑ n ə b m æ d"), ("dog", "k æ t s")]
+    records = [metrics.phoneme_errors(*pair) for pair in pairs]
+    stats = ErrorRateStats()
+    stats.append(
+        list("abc"),
+        [record["hypothesis"].split() for record in records],
+        [record["reference"].split() for record in records],
+    )
+    assert metrics.wer(records) == pytest.approx(stats.summarize()["WER"])
+
+
+def test_errors_are_in_the_unit_of_the_recogniser():
+    class Phones:
+        unit = "phoneme"
+
+    assert counts(metrics.recognition_errors(Phones(), "cat", "k æ t")) == (3, 0, 0, 0)
+    assert counts(metrics.recognition_errors(object(), "CAT", "cat")) == (1, 0, 0, 0)
+
+
 WORDS = st.lists(
     st.sampled_from(["dog", "twenty", "five", "o'clock", "the", "$", "3.5", "uh"]), max_size=8
 ).map(" ".join)

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from synthetic import write_audio
 
-from pi_finetune import recognizers
+from pi_finetune import metrics, recognizers
 from pi_finetune.brains.recognition import (
     Augmentation,
     EncodedSpeech,
@@ -29,6 +29,7 @@ from pi_finetune.recognizers import (
     CharacterTokenizer,
     CTCHead,
     CTCRecognizer,
+    PhonemeTokenizer,
     WhisperRecognizer,
     load_recognizer,
     save_recognizer,
@@ -52,17 +53,28 @@ def encoder(tiny_teacher):
     return Teacher(str(tiny_teacher))
 
 
-@pytest.fixture(scope="module")
-def ctc_folder(encoder, tmp_path_factory):
+def random_recognizer(folder, name, encoder, tokenizer, depth):
     """A recogniser that says something else for every utterance: random, without a blank's lead."""
-    folder = tmp_path_factory.mktemp("asr")
     torch.manual_seed(1)
-    tokenizer = CharacterTokenizer()
-    head = CTCHead.for_encoder(encoder, tokenizer, hidden=16, depth=2)
+    head = CTCHead.for_encoder(encoder, tokenizer, hidden=16, depth=depth)
     with torch.no_grad():
         head.output.weight *= 20
-    save_recognizer(folder, "tiny", encoder, head, tokenizer)
+    save_recognizer(folder, name, encoder, head, tokenizer)
     return folder
+
+
+@pytest.fixture(scope="module")
+def ctc_folder(encoder, tmp_path_factory):
+    return random_recognizer(
+        tmp_path_factory.mktemp("asr"), "tiny", encoder, CharacterTokenizer(), depth=2
+    )
+
+
+@pytest.fixture(scope="module")
+def pr_folder(encoder, tmp_path_factory):
+    return random_recognizer(
+        tmp_path_factory.mktemp("pr"), "phones", encoder, PhonemeTokenizer(), depth=0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +141,7 @@ def waves(corpus):
 # The interface, for both kinds.
 
 
-@pytest.fixture(params=["ctc", "whisper"])
+@pytest.fixture(params=["ctc", "pr", "whisper"])
 def recognizer(request):
     return load_recognizer(request.getfixturevalue(f"{request.param}_folder"))
 
@@ -167,6 +179,11 @@ def test_names(ctc_folder, whisper_folder):
     assert load_recognizer(ctc_folder).name == "tiny"
     assert load_recognizer(str(whisper_folder)).name == "whisper-random.en"
     assert load_recognizer(None) is None
+
+
+def test_units(ctc_folder, pr_folder, whisper_folder):
+    folders = (ctc_folder, pr_folder, whisper_folder)
+    assert [load_recognizer(f).unit for f in folders] == ["word", "phoneme", "word"]
 
 
 def test_ctc_of_less_than_a_frame_is_nothing(ctc_folder):
@@ -231,10 +248,11 @@ def test_multilingual_whisper_is_told_language_and_task(whisper_folder, tmp_path
         (lambda f: (f / "asr.safetensors").unlink(), "asr.safetensors is missing"),
         (lambda f: (f / "asr.safetensors").write_bytes(b"abc"), "damaged"),
         (lambda f: (f / "asr.yaml").write_text("name: x"), "must hold the keys"),
+        (lambda f: _without(f / "asr.yaml", "characters"), "characters or phonemes"),
         (lambda f: (f / "asr.yaml").write_text("a: [1"), "cannot be read"),
         (lambda f: (f / "asr.yaml").write_text("!new:os.system {}"), "cannot be read"),
     ],
-    ids=["gone", "empty", "no weights", "damaged", "keys", "no yaml", "tag"],
+    ids=["gone", "empty", "no weights", "damaged", "keys", "no tokens", "no yaml", "tag"],
 )
 def test_broken_ctc_folders(ctc_folder, tmp_path, spoil, message):
     folder = tmp_path / "asr"
@@ -243,6 +261,12 @@ def test_broken_ctc_folders(ctc_folder, tmp_path, spoil, message):
     with pytest.raises(UserError, match=message) as error:
         load_recognizer(folder)
     assert str(folder) in str(error.value)
+
+
+def _without(path, key):
+    config = yaml.safe_load(path.read_text())
+    del config[key]
+    path.write_text(yaml.safe_dump(config))
 
 
 def test_weights_of_another_shape_are_named(ctc_folder, tmp_path):
@@ -312,9 +336,36 @@ def test_tokenizer():
     assert tokenizer.greedy(log_probs, torch.tensor([7])) == ["AA B"]
 
 
-def test_head_sums_layers_by_weight_and_keeps_items_apart():
+def test_phoneme_tokenizer():
+    tokenizer = PhonemeTokenizer()
+    assert len(tokenizer) == 41
+    indices = tokenizer.encode("THE CAT")
+    assert 0 not in indices and tokenizer.decode(indices) == "ð ə k æ t"
+    assert PhonemeTokenizer(["k", "æ", "t"]).encode("cat") == [1, 2, 3]
+    best = torch.tensor([[3, 3, 0, 3, 1, 0, 0, 2]])
+    log_probs = torch.nn.functional.one_hot(best, 41).float()
+    expected = " ".join(tokenizer.phonemes[i - 1] for i in (3, 3, 1))
+    assert tokenizer.greedy(log_probs, torch.tensor([7])) == [expected]
+
+
+def test_head_without_blstm_is_linear():
     torch.manual_seed(0)
-    head = CTCHead(3, 8, 5, hidden=6).eval()
+    head = CTCHead(2, 8, 5, hidden=6, depth=0).eval()
+    assert {name.split(".")[0] for name, _ in head.named_parameters()} == {
+        "layer_weights", "projection", "output",
+    }  # fmt: skip
+    # frames do not see each other, but for the statistics of the utterance
+    states, lengths = torch.randn(2, 1, 6, 8), torch.tensor([6])
+    swapped = states[:, :, [0, 1, 3, 2, 4, 5]]
+    torch.testing.assert_close(
+        head(states, lengths)[:, 2:4].flip(1), head(swapped, lengths)[:, 2:4]
+    )
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_head_sums_layers_by_weight_and_keeps_items_apart(depth):
+    torch.manual_seed(0)
+    head = CTCHead(3, 8, 5, hidden=6, depth=depth).eval()
     states = torch.randn(3, 2, 7, 8)
     lengths = torch.tensor([7, 4])
     both = head(states, lengths)
@@ -331,7 +382,7 @@ def test_head_sums_layers_by_weight_and_keeps_items_apart():
     torch.testing.assert_close(head(states, lengths), head(changed, lengths))
     # all layers equal: the weights do not matter, whatever the layers' scales
     same = states[:1] * torch.tensor([1.0, 5.0, 0.1])[:, None, None, None]
-    one = CTCHead(1, 8, 5, hidden=6).eval()
+    one = CTCHead(1, 8, 5, hidden=6, depth=depth).eval()
     one.load_state_dict({**head.state_dict(), "layer_weights": torch.zeros(1)})
     torch.testing.assert_close(head(same, lengths), one(same[:1], lengths), atol=1e-3, rtol=1e-3)
 
@@ -447,7 +498,7 @@ def train(corpus, noises, tiny_teacher, tmp_path):
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
 
-    def run(results="results", **changes):
+    def run(results="results", experiment="asr_ctc", **changes):
         settings = {
             "data_folder": corpus,
             "noise_folder": noises,
@@ -461,11 +512,11 @@ def train(corpus, noises, tiny_teacher, tmp_path):
             "test_snrs": [0],
             **changes,
         }
-        arguments = [str(ROOT / "hparams" / "asr_ctc.yaml"), "--noprogressbar"]
+        arguments = [str(ROOT / "hparams" / f"{experiment}.yaml"), "--noprogressbar"]
         for key, value in settings.items():
             arguments += [f"--{key}", str(value)]
         recipe.main(arguments)
-        return tmp_path / results / "asr_ctc" / "1234"
+        return tmp_path / results / experiment / "1234"
 
     return run
 
@@ -503,6 +554,24 @@ def test_training_learns_to_spell_what_it_has_not_seen(train, tones):
     records = [json.loads(line) for line in (run / "test.jsonl").read_text().splitlines()]
     assert [record["snr"] for record in records] == [None] * 8 + [0] * 8
     assert all(record["reference"] in "ABCD" for record in records)
+
+
+def test_phoneme_training_is_scored_in_phonemes(train, tones, capsys):
+    run = train(
+        experiment="pr_ctc", data_folder=tones, updates=60, valid_every=20, batch_size=8, lr=0.02,
+        views=1, speeds=[100], noise_probability=0.0,
+    )  # fmt: skip
+    lines = validations(run)
+    assert all("per" in line and "wer" not in line for line in lines)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert "PER on 8 test utterances, clean" in capsys.readouterr().out
+    records = [json.loads(line) for line in (run / "test.jsonl").read_text().splitlines()]
+    assert {r["reference"] for r in records} == {"ə", "b i", "s i", "d i"}  # A, B, C, D
+    assert {r["unit"] for r in records} == {"phoneme"}
+    best = min(line["per"] for line in lines)
+    recognizer = load_recognizer(run)
+    again = transcribe_set(recognizer, prepare_speech(tones, ["dev"]), batch_size=3)
+    assert metrics.wer(again) == pytest.approx(best)
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(train, monkeypatch):

@@ -83,7 +83,9 @@ class EnhancementBrain(UpdateBrain):
             score = metrics.signal_scores(clean[i, :length], enhanced[i, :length])
             score["objective"] = float(losses[i])
             if self.with_wer and batch.text[i] is not None:
-                score["words"] = metrics.word_errors(batch.text[i], texts[i])
+                score["words"] = metrics.recognition_errors(
+                    self.recognizer, batch.text[i], texts[i]
+                )
             self.scores.append(score)
 
     def on_stage_end(self, stage, stage_loss, epoch=None):

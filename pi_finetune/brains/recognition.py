@@ -72,7 +72,7 @@ class EncodedSpeech(Dataset):
         From :func:`pi_finetune.data.corpora.prepare_speech`. Utterances without a transcript are
         left out, and so are those to be trained on that are too short for CTC to spell.
     encoder : pi_finetune.teacher.Teacher
-    tokenizer : pi_finetune.recognizers.CharacterTokenizer
+    tokenizer : pi_finetune.recognizers.CharacterTokenizer or PhonemeTokenizer
     augmentation : Augmentation, optional
         Default: none, and one view.
     views : int
@@ -123,7 +123,7 @@ class EncodedSpeech(Dataset):
             )
 
     def _fits(self, entry, tokens):
-        # CTC needs a frame for each character, and a blank between equal ones.
+        # CTC needs a frame for each token, and a blank between equal ones.
         needed = len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
         speeds = [100]
         if self.augmentation is not None:
@@ -171,7 +171,9 @@ class EncodedSpeech(Dataset):
 
 
 class RecognitionBrain(UpdateBrain):
-    """Trains ``modules.head`` with CTC; the best head by dev WER is exported to the run folder.
+    """Trains ``modules.head`` with CTC; the best head by dev error rate goes to the run folder.
+
+    The error rate is ``wer``, or ``per`` where the tokenizer's unit is the phoneme.
 
     An epoch is ``valid_every`` updates. From YAML it uses: ``output_folder, recognizer_name,
     encoder, tokenizer, lr_schedule, valid_every, train_loggers``.
@@ -185,18 +187,21 @@ class RecognitionBrain(UpdateBrain):
         return self.modules.head(states.permute(2, 0, 1, 3), frame_lengths), frame_lengths
 
     def compute_objectives(self, predictions, batch, stage):
-        """CTC loss per character; validation also counts word errors."""
+        """CTC loss per token; validation also counts errors."""
         log_probs, frame_lengths = predictions
         if stage != sb.Stage.TRAIN:
-            texts = self.hparams.tokenizer.greedy(log_probs, frame_lengths)
-            self.words += [metrics.word_errors(*pair) for pair in zip(batch.text, texts)]
+            tokenizer = self.hparams.tokenizer
+            texts = tokenizer.greedy(log_probs, frame_lengths)
+            self.errors += [
+                metrics.recognition_errors(tokenizer, *pair) for pair in zip(batch.text, texts)
+            ]
         shares = frame_lengths / log_probs.shape[1]
         return ctc_loss(log_probs, batch.tokens.data, shares, batch.tokens.lengths, blank_index=0)
 
     def on_stage_start(self, stage, epoch=None):
-        """Start the word errors of a validation."""
+        """Start the errors of a validation."""
         super().on_stage_start(stage, epoch)
-        self.words = []
+        self.errors = []
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """After validation log, save a checkpoint, and export the head if it is the best."""
@@ -204,12 +209,13 @@ class RecognitionBrain(UpdateBrain):
         if stage == sb.Stage.TRAIN:
             self.train_loss = float(stage_loss)
             return
-        scores = {"loss": float(stage_loss), "wer": metrics.wer(self.words)}
-        earlier = [(line["wer"], line["loss"]) for line in self.history.validations]
+        rate = error_rate(self.hparams.tokenizer)
+        scores = {"loss": float(stage_loss), rate: metrics.wer(self.errors)}
+        earlier = [(line[rate], line["loss"]) for line in self.history.validations]
         record = self.log_validation(epoch, {"loss": self.train_loss}, scores)
         if not sb.utils.distributed.if_main_process():
             return
-        if all((record["wer"], record["loss"]) < line for line in earlier):
+        if all((record[rate], record["loss"]) < line for line in earlier):
             head = getattr(self.modules.head, "module", self.modules.head)  # DDP wraps it
             save_recognizer(
                 self.hparams.output_folder,
@@ -218,11 +224,16 @@ class RecognitionBrain(UpdateBrain):
                 head,
                 self.hparams.tokenizer,
             )
-        self.checkpointer.save_and_keep_only(meta=record, min_keys=["wer"], num_to_keep=1)
+        self.checkpointer.save_and_keep_only(meta=record, min_keys=[rate], num_to_keep=1)
+
+
+def error_rate(recognizer):
+    """``wer`` or ``per``: what the errors of a recogniser (or of its tokenizer) add up to."""
+    return {"word": "wer", "phoneme": "per"}[getattr(recognizer, "unit", "word")]
 
 
 def transcribe_set(recognizer, manifest, mixer=None, snr=None, seed=0, batch_size=8):
-    """Word errors of a recogniser on a set, clean or with noise at one SNR.
+    """Errors of a recogniser on a set, clean or with noise at one SNR.
 
     The mixtures are those of :class:`pi_finetune.data.loading.SpeechPairs` with the same seed.
 
@@ -243,7 +254,7 @@ def transcribe_set(recognizer, manifest, mixer=None, snr=None, seed=0, batch_siz
     Returns
     -------
     list of dict
-        ``id, snr, noise_class`` and :func:`pi_finetune.metrics.word_errors` of each.
+        ``id, snr, noise_class`` and :func:`pi_finetune.metrics.recognition_errors` of each.
     """
     records, items = [], [(k, v) for k, v in manifest.items() if v["text"] is not None]
     for start in range(0, len(items), batch_size):
@@ -259,7 +270,8 @@ def transcribe_set(recognizer, manifest, mixer=None, snr=None, seed=0, batch_siz
             torch.tensor([len(wav) for wav in wavs]),
         )
         for (key, entry), noise, text in zip(batch, noises, texts):
-            records.append({"id": key, **noise, **metrics.word_errors(entry["text"], text)})
+            errors = metrics.recognition_errors(recognizer, entry["text"], text)
+            records.append({"id": key, **noise, **errors})
     return records
 
 

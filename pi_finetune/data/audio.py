@@ -25,7 +25,7 @@ def audio_info(path):
     if info.sample_rate != SAMPLE_RATE:
         raise UserError(
             f"{path}: sampled at {info.sample_rate} Hz, needed are {SAMPLE_RATE} Hz. "
-            f"Convert it, e.g. with: sox IN -r {SAMPLE_RATE} OUT"
+            "Convert the folder with: python recipes/resample.py FOLDER NEW_FOLDER"
         )
     if info.channels != 1:
         raise UserError(

@@ -7,6 +7,7 @@ the corpus states it, ``"snr"`` and ``"noise_class"``.
 """
 
 import fnmatch
+import re
 import zlib
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def prepare_speech(folder, splits, min_seconds=0.1):
     splits : str or list of str
         Names or glob patterns of the splits, e.g. ``"train-*"``. For
         VoiceBank-DEMAND, ``train``, ``dev`` (speakers p226 and p287 of the training
-        set, as is usual) and ``test``; a trailing ``*`` is allowed.
+        set, as is usual) and ``test``; a trailing ``*`` is allowed. Where the sets of 28 and of
+        56 speakers are both there, ``train`` is both of them, ``train_28spk`` the one.
     min_seconds : float
         Shorter utterances are refused: the teacher could make no frame of them.
 
@@ -109,17 +111,25 @@ def _voicebank(folder, splits):
     """VoiceBank-DEMAND (Valentini-Botinhao 2017), resampled to 16 kHz, transcripts in ``*_txt``."""
     manifest = {}
     for split in splits:
-        kind = "testset" if split.startswith("test") else "trainset"
-        clean_folders = sorted(folder.glob(f"clean_{kind}*_wav"))
+        named = re.fullmatch(r"(train|dev|valid|test)(?:set)?[-_]?(\w*)\*?", split)
+        if named is None:
+            raise UserError(
+                f"data_folder: {folder} is VoiceBank-DEMAND, whose splits are train, dev and test; "
+                f"there is no {split!r}. Set --train_splits, --valid_splits, --test_splits."
+            )
+        name, speakers = named.groups()
+        kind = "testset" if name == "test" else "trainset"
+        clean_folders = sorted(folder.glob(f"clean_{kind}*{speakers}_wav"))
         if not clean_folders:
             raise UserError(f"data_folder: {folder} has no clean_{kind}*_wav for split {split!r}.")
         log = _voicebank_log(folder, kind)
         for clean_folder in clean_folders:
             noisy_folder = folder / clean_folder.name.replace("clean_", "noisy_", 1)
+            text_folder = folder / f"{clean_folder.name[len('clean_') : -len('_wav')]}_txt"
             for clean in find_audio(clean_folder):
                 speaker = clean.stem.split("_")[0]
                 is_dev = speaker in _VOICEBANK_DEV_SPEAKERS
-                if kind == "trainset" and is_dev != split.startswith(("dev", "valid")):
+                if kind == "trainset" and is_dev != (name != "train"):
                     continue
                 noisy = noisy_folder / clean.name
                 if not noisy.is_file():
@@ -127,7 +137,7 @@ def _voicebank(folder, splits):
                 frames = audio_info(clean).frames
                 if audio_info(noisy).frames != frames:
                     raise UserError(f"{noisy}: not as long as {clean}.")
-                text = folder / f"{kind}_txt" / f"{clean.stem}.txt"
+                text = text_folder / f"{clean.stem}.txt"
                 manifest[clean.stem] = {
                     "wav": str(clean),
                     "noisy": str(noisy),
@@ -160,10 +170,10 @@ def prepare_noise(folder, split, classes=None):
     """Make the noise manifest of one split; no recording second is in two splits.
 
     The class of ``CLASS-anything.flac`` is CLASS; of DEMAND's ``CLASS/ch01.wav`` it is the
-    folder (channels 2 to 16 are the same moment again and are left out); of any other file, its
-    stem. Within a class, recordings are divided between train, dev and test by a hash of their
-    name; takes ``-A``, ``-B`` of one ESC recording stay together. A class with fewer than four
-    recordings is divided in time.
+    folder, less a final ``_16k`` (channels 2 to 16 are the same moment again and are left out); of
+    any other file, its stem. Within a class, recordings are divided between train, dev and test by
+    a hash of their name; takes ``-A``, ``-B`` of one ESC recording stay together. A class with
+    fewer than four recordings is divided in time.
 
     Arguments
     ---------
@@ -223,7 +233,7 @@ def prepare_noise(folder, split, classes=None):
 
 def _noise_class(path):
     if path.stem.startswith("ch") and path.stem[2:].isdigit():
-        return path.parent.name if path.stem == "ch01" else None
+        return re.sub("_(16|48)k$", "", path.parent.name) if path.stem == "ch01" else None
     return path.stem.split("-")[0]
 
 

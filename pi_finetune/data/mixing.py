@@ -1,5 +1,7 @@
 """Noise mixing at an exact SNR, with a clean target scaled like the mixture."""
 
+import math
+
 from pi_finetune.data.audio import is_silent, read_audio
 from pi_finetune.errors import UserError
 
@@ -42,7 +44,7 @@ class NoiseMixer:
     noises : dict
         From :func:`pi_finetune.data.corpora.prepare_noise`.
     snrs : list of float
-        In dB, equally likely.
+        In dB, equally likely. ``inf`` (``.inf`` in YAML) is clean speech, left as it is.
     """
 
     def __init__(self, noises, snrs):
@@ -55,6 +57,8 @@ class NoiseMixer:
             self.by_class.setdefault(entry["class"], []).append(entry)
         self.classes = sorted(self.by_class)
         self.snrs = [float(snr) for snr in snrs]
+        if any(math.isnan(snr) or snr == -math.inf for snr in self.snrs):
+            raise UserError(f"snrs: {self.snrs} must be numbers in dB, or .inf for clean speech.")
 
     def __call__(self, clean, rng, snr=None):
         """Mix ``clean`` [T] with noise drawn by ``rng``; ``snr`` fixes the SNR (in dB).
@@ -62,11 +66,13 @@ class NoiseMixer:
         Returns
         -------
         (torch.Tensor, torch.Tensor, dict)
-            Mixture [T], clean signal [T], and ``{"snr", "noise_class"}``.
+            Mixture [T], clean signal [T], and ``{"snr", "noise_class"}``, both None if clean.
         """
         drawn = self.snrs[rng.integers(len(self.snrs))]  # drawn always: same noise for any snr
         snr = drawn if snr is None else float(snr)
         noise_class = self.classes[rng.integers(len(self.classes))]
+        if math.isinf(snr):
+            return clean.clone(), clean, {"snr": None, "noise_class": None}
         entries = self.by_class[noise_class]
         for _ in range(20):
             entry = entries[rng.integers(len(entries))]
