@@ -33,11 +33,11 @@ OVERVIEW_EXAMPLES = """examples:
 #: Command: its recipe, and the experiment file it runs if none is named (None: one must be named;
 #: False: it takes no such file).
 RECIPES = {
-    "demo": ("ablate.py", "demo"),
     "train": ("train.py", None),
     "evaluate": ("evaluate.py", "evaluate"),
     "compare": ("compare.py", False),
     "ablate": ("ablate.py", "ablation"),
+    "demo": ("ablate.py", "demo"),
     "probe": ("probe_position.py", "probe_position"),
 }
 
@@ -186,7 +186,7 @@ def recipe_help(name, experiment):
     if experiment is None:
         lines += ["EXPERIMENT is a YAML file, or one of the shipped ones:"]
         for path in sorted((PROJECT_ROOT / "hparams").glob("*.yaml")):
-            if "\nextends: " in path.read_text(encoding="utf-8"):
+            if "\nstrategy: " in path.read_text(encoding="utf-8") and path.stem != "finetune":
                 lines.append(f"  {path.stem:<19}{_about(path)}")
         lines += ["", f"pi-finetune {name} mse --help    the keys of one of them"]
     else:

@@ -51,7 +51,7 @@ def started(monkeypatch):
         (["probe"], "probe_position", [f"{HPARAMS}/probe_position.yaml"]),
         (["ablate", "--workers", "2"], "ablate", [f"{HPARAMS}/ablation.yaml", "--workers", "2"]),
         (["compare", "a", "--html"], "compare", ["a", "--html"]),
-        (["demo"], "demo", []),
+        (["demo"], "ablate", [f"{HPARAMS}/demo.yaml"]),
     ],
 )  # fmt: skip
 def test_a_command_is_its_recipe(started, tmp_path, monkeypatch, argv, recipe, passed):
@@ -146,4 +146,4 @@ def test_help_of_an_experiment_names_what_can_be_set(capsys):
     top = [line.split(":")[0] for line in resolved.splitlines() if re.match("[a-z]", line)]
     for key in set(top) - {"assets"}:
         assert f"--{key} " in known or re.search(rf"\b{key}\b", blocks), key
-    assert "--max_pad_seconds 1.0" in known and "--teacher_source <assets>/models" in known
+    assert "--max_pad_seconds 1.0" in known and "--asr_source <assets>/models" in known
