@@ -60,6 +60,7 @@ PACKAGES = {
     "speechbrain": "pip install -r requirements.txt",
     "transformers": "pip install -r requirements.txt",
     "safetensors": "pip install -r requirements.txt",
+    "huggingface_hub": "pip install -r requirements.txt",
     "numpy": "pip install -r requirements.txt",
     "scipy": "pip install -r requirements.txt",
     "soundfile": "pip install soundfile; on some systems also the package libsndfile1",
@@ -70,8 +71,9 @@ PACKAGES = {
     "pystoi": "pip install pystoi",
     "jiwer": "pip install jiwer",
     "matplotlib": "pip install matplotlib: reports need it",
+    "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",
 }
-OPTIONAL = {"triton"}
+OPTIONAL = {"triton", "onnxscript"}
 
 
 def parser():
@@ -344,9 +346,9 @@ def run_doctor(options):
     for name, remedy in PACKAGES.items():
         try:
             importlib.import_module(name)
-            print(f"  {name:<14}{importlib.metadata.version(name)}")
+            print(f"  {name:<17}{importlib.metadata.version(name)}")
         except Exception as error:  # a broken binary package raises anything
-            print(f"  {name:<14}missing ({type(error).__name__}: {error})")
+            print(f"  {name:<17}missing ({type(error).__name__}: {error})")
             if name not in OPTIONAL:
                 problems.append(f"{name}: {remedy}")
     try:

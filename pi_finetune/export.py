@@ -17,6 +17,7 @@ import ruamel.yaml
 import torch
 import torch.nn.functional as F
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from speechbrain.inference.enhancement import WaveformEnhancement
 from speechbrain.processing.features import ISTFT, STFT
 from torch import nn
 
@@ -119,31 +120,36 @@ def write_speechbrain(folder, enhancer):
     """Write what ``speechbrain.inference.enhancer.WaveformEnhancement.from_hparams`` loads.
 
     ``hyperparams.yaml`` names classes of this package, which therefore has to be installed where
-    it is loaded.
+    it is loaded. That of a :class:`SpeechBrainEnhancer` is its source's own, for the interface it
+    was made for, with other weights.
 
     Arguments
     ---------
     folder : str or Path
         Made if missing.
     enhancer : WaveformEnhancer
-        Not a :class:`SpeechBrainEnhancer`, whose own YAML file belongs to its source.
     """
+    head = f"{_HEADER} {__version__}; where it is loaded, pi_finetune has to be installed.\n"
     if isinstance(enhancer, SpeechBrainEnhancer):
-        raise UserError(
-            "--format speechbrain: this model was loaded from SpeechBrain's format and keeps its "
-            "own YAML file; Enhancer.from_run(FOLDER, trust=True) loads the fine-tuned weights."
-        )
-    config = enhancer.config
-    arguments = _yaml({"enhancer": config["arguments"]}).split("\n", 1)[1]
-    if not config["arguments"]:
-        arguments = ""
-    text = f"""{_HEADER} {__version__}; where it is loaded, pi_finetune has to be installed.
+        head = f"{_HEADER} {__version__}, after the model's own file.\n"
+        text, weights = _with_new_weights(enhancer), enhancer.interface.mods.state_dict()
+    else:
+        model = _yaml({"enhancer": enhancer.config["arguments"] or None}).split("\n", 1)[1]
+        text = _WAVEFORM_YAML.format(SAMPLE_RATE, enhancer.config["class"], model)
+        weights = enhancer.state_dict()
+    folder = Path(folder)
+    with replacing(folder / "enhancer.ckpt") as path:
+        torch.save(weights, path)
+    write_text(folder / HPARAMS_FILE, head + text)
+
+
+_WAVEFORM_YAML = """\
 # from speechbrain.inference.enhancement import WaveformEnhancement
 # WaveformEnhancement.from_hparams(source="this folder").enhance_file("noisy.wav", "enhanced.wav")
-sample_rate: {SAMPLE_RATE}
+sample_rate: {}
 
-enhancer: !new:{config["class"]}
-{arguments}
+enhancer: !new:{}
+{}
 modules:
     enhance_model: !new:pi_finetune.export.WaveformModel
         enhancer: !ref <enhancer>
@@ -153,10 +159,25 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
     loadables:
         enhancer: !ref <enhancer>
 """
-    folder = Path(folder)
-    with replacing(folder / "enhancer.ckpt") as path:
-        torch.save(enhancer.state_dict(), path)
-    write_text(folder / HPARAMS_FILE, text)
+
+
+def _with_new_weights(enhancer):
+    """The YAML file of a model in SpeechBrain's format, changed to load ``enhancer.ckpt``."""
+    tree = ruamel.yaml.YAML().load(enhancer.hparams_text)
+    tree.pop("pretrainer", None)
+    resynth = getattr(enhancer.interface.hparams, "resynth", None)
+    if "normalize_wavs" in getattr(resynth, "keywords", {}):  # as SpeechBrainEnhancer calls it
+        tree["resynth"]["normalize_wavs"] = False
+    return (
+        _yaml(tree)
+        + """
+fine_tuned: !new:torch.nn.ModuleDict
+    modules: !ref <modules>
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        enhancer: !ref <fine_tuned>
+"""
+    )
 
 
 # ONNX and torch.export
@@ -349,14 +370,13 @@ from pi_finetune.inference import Enhancer
 Enhancer.from_run("FOLDER_OR_NAME"{{ trust }}).enhance_file("noisy.wav", "enhanced.wav")
 ```
 {% if "hyperparams.yaml" in files %}
-With SpeechBrain, which runs the classes that `hyperparams.yaml` names, so pi_finetune has to be
-installed as well:
+With SpeechBrain, which runs the classes that `hyperparams.yaml` names{% if not trust %}, so
+pi_finetune has to be installed as well{% endif %}:
 
 ```python
-from speechbrain.inference.enhancement import WaveformEnhancement
+from {{ interface.__module__ }} import {{ interface.__name__ }}
 
-model = WaveformEnhancement.from_hparams(source="FOLDER_OR_NAME")
-enhanced = model.enhance_file("noisy.wav", "enhanced.wav")
+model = {{ interface.__name__ }}.from_hparams(source="FOLDER_OR_NAME")
 ```
 {% endif %}{% if "enhancer.onnx" in files %}
 Without either: `enhancer.onnx` takes `noisy` [B, T] (float32, 16 kHz, all rows of equal length) and
@@ -384,7 +404,7 @@ def model_card(source, enhancer, files=(), license=None):
     -------
     huggingface_hub.ModelCard
     """
-    record = _record(source)
+    record, wrapped = _record(source), isinstance(enhancer, SpeechBrainEnhancer)
     sets = [scores for path in sorted(source.glob("scores/*.jsonl")) if (scores := _scores(path))]
     name = f"{record['strategy']}-{record['seed']}" if record else source.resolve().name
     results = [
@@ -411,8 +431,9 @@ def model_card(source, enhancer, files=(), license=None):
         facts=_facts(record, source),
         sets=sets,
         licence=license or "None was stated at the export.",
-        trust=", trust=True" if isinstance(enhancer, SpeechBrainEnhancer) else "",
+        trust=", trust=True" if wrapped else "",
         files=list(files),
+        interface=type(enhancer.interface) if wrapped else WaveformEnhancement,
     )
 
 

@@ -15,10 +15,17 @@ import torch
 from huggingface_hub import ModelCard
 from hyperpyyaml import resolve_references
 from speechbrain.inference.enhancement import WaveformEnhancement
+from test_enhancers import SPEECHBRAIN, write_speechbrain_model
 
 from pi_finetune import __main__ as cli
 from pi_finetune import config
-from pi_finetune.enhancers import ConvTasNet, UNetEnhancer, load_enhancer, save_enhancer
+from pi_finetune.enhancers import (
+    ConvTasNet,
+    SpeechBrainEnhancer,
+    UNetEnhancer,
+    load_enhancer,
+    save_enhancer,
+)
 from pi_finetune.errors import UserError
 from pi_finetune.export import export_run
 from pi_finetune.files import PROJECT_ROOT
@@ -98,6 +105,26 @@ class TestFormats:
         export_run(tmp_path / "run", tmp_path / "out")
         model = WaveformEnhancement.from_hparams(source=str(tmp_path / "out"))
         assert_same(model.enhance_batch, enhancer)
+
+    @pytest.mark.parametrize("kind", SPEECHBRAIN)
+    def test_models_that_came_from_speechbrain(self, kind, tmp_path):
+        write_speechbrain_model(tmp_path / "source", SPEECHBRAIN[kind])
+        enhancer = SpeechBrainEnhancer(tmp_path / "source").eval()
+        with torch.no_grad():  # "fine-tuned"
+            for parameter in enhancer.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        save_enhancer(tmp_path / "run", enhancer)
+        shutil.rmtree(tmp_path / "source")
+        export_run(tmp_path / "run", tmp_path / "out", trust=True)
+        loaded = load_enhancer(tmp_path / "out", trust=True)
+        again = SpeechBrainEnhancer(tmp_path / "out").eval()  # through SpeechBrain's own loading
+        assert type(again.interface) is type(enhancer.interface)
+        assert_same(again, enhancer, (4096, 8000, 8000, 8192))
+        assert_same(loaded, enhancer, (4096, 8000, 8000, 8192))
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"{type(enhancer.interface).__name__}.from_hparams" in card and "trust=True" in card
+        text = (tmp_path / "out" / "hyperparams.yaml").read_text()
+        assert "resynth" not in text or "normalize_wavs: false" in text.lower()
 
     def test_own_folder(self, exported, enhancer):
         loaded = Enhancer.from_run(exported, device="cpu")
