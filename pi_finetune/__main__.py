@@ -47,6 +47,12 @@ ENHANCE_EXAMPLES = """examples:
   pi-finetune enhance meeting.mp3 -o out.wav --model results/soft_dtw/1234 --mix 0.8
 """
 
+EXPORT_EXAMPLES = """examples:
+  pi-finetune export results/soft_dtw/1234 -o my-enhancer
+  pi-finetune export results/soft_dtw/1234 -o my-enhancer --format speechbrain onnx torch
+  pi-finetune enhance noisy.wav -o enhanced.wav --model my-enhancer
+"""
+
 # What each package is for; those that `pip install` may leave out or break come with a remedy.
 PACKAGES = {
     "torch": "pip install -r requirements.txt",
@@ -54,6 +60,7 @@ PACKAGES = {
     "speechbrain": "pip install -r requirements.txt",
     "transformers": "pip install -r requirements.txt",
     "safetensors": "pip install -r requirements.txt",
+    "huggingface_hub": "pip install -r requirements.txt",
     "numpy": "pip install -r requirements.txt",
     "scipy": "pip install -r requirements.txt",
     "soundfile": "pip install soundfile; on some systems also the package libsndfile1",
@@ -64,8 +71,9 @@ PACKAGES = {
     "pystoi": "pip install pystoi",
     "jiwer": "pip install jiwer",
     "matplotlib": "pip install matplotlib: reports need it",
+    "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",
 }
-OPTIONAL = {"triton"}
+OPTIONAL = {"triton", "onnxscript"}
 
 
 def parser():
@@ -97,7 +105,9 @@ def parser():
         help="output file for one input file, else the folder to write into",
     )
     enhance.add_argument(
-        "--model", metavar="RUN", help="run folder of a fine-tuning (default: the shipped model)"
+        "--model",
+        metavar="RUN_OR_HUB",
+        help="run folder, exported folder, or name on the hub (default: the shipped model)",
     )
     enhance.add_argument(
         "--mix",
@@ -116,6 +126,32 @@ def parser():
         help="allow the model folder to run code of its own (SpeechBrain models need it)",
     )
     enhance.set_defaults(run=run_enhance)
+
+    export = commands.add_parser(
+        "export",
+        help="write a trained model for SpeechBrain, the hub, ONNX or torch.export",
+        description="Write a run's best model and its model card into a folder that SpeechBrain "
+        "and pi_finetune load,\nand that can be uploaded to the hub as it is.",
+        epilog=EXPORT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("run_or_hub", metavar="RUN", help="run folder, or name on the hub")
+    export.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
+    export.add_argument(
+        "--format",
+        nargs="+",
+        choices=("speechbrain", "onnx", "torch"),
+        default=["speechbrain"],
+        help="speechbrain: hyperparams.yaml and enhancer.ckpt (default); onnx: enhancer.onnx; "
+        "torch: enhancer.pt2, a torch.export program",
+    )
+    export.add_argument(
+        "--license", metavar="ID", help="for the model card, e.g. cc-by-4.0 (default: none stated)"
+    )
+    export.add_argument(
+        "--trust", action="store_true", help="allow the run's folder to run code of its own"
+    )
+    export.set_defaults(run=run_export)
 
     doctor = commands.add_parser(
         "doctor",
@@ -290,6 +326,18 @@ def run_enhance(options):
     return 1 if failures else 0
 
 
+def run_export(options):
+    """Export a run and print the files."""
+    from pi_finetune.export import export_run
+
+    files = export_run(
+        options.run_or_hub, options.output, options.format, options.trust, options.license
+    )
+    for path in files:
+        print(path)
+    return 0
+
+
 def run_doctor(options):
     """Print the state of the installation; return 1 if something needed is missing."""
     problems = []
@@ -298,9 +346,9 @@ def run_doctor(options):
     for name, remedy in PACKAGES.items():
         try:
             importlib.import_module(name)
-            print(f"  {name:<14}{importlib.metadata.version(name)}")
+            print(f"  {name:<17}{importlib.metadata.version(name)}")
         except Exception as error:  # a broken binary package raises anything
-            print(f"  {name:<14}missing ({type(error).__name__}: {error})")
+            print(f"  {name:<17}missing ({type(error).__name__}: {error})")
             if name not in OPTIONAL:
                 problems.append(f"{name}: {remedy}")
     try:

@@ -293,7 +293,7 @@ class MaskEnhancer(WaveformEnhancer):
         # As many frames as touch a valid sample: then an item has the same frames, and the
         # inverse transform the same window sum, whatever it is padded to.
         frames = (lengths + self.n_fft // 2 + self.hop - 1) // self.hop
-        count = -(-(time + self.n_fft // 2) // self.hop)
+        count = (time + self.n_fft // 2 + self.hop - 1) // self.hop
         size = (count - 1) * self.hop
         spectra = self.stft(F.pad(wavs.float(), (0, size - time)))  # [B, N, bins + 1, 2]
         mask = self._mask(spectra, _valid(frames, count))
@@ -443,7 +443,7 @@ class ConvTasNet(WaveformEnhancer):
         level = _level(wavs, lengths)
         # Frame k spans samples [(k - 1) stride, (k + 1) stride).
         frames = (lengths + self.stride - 1) // self.stride + 1
-        size = -(-time // self.stride) * self.stride
+        size = (time + self.stride - 1) // self.stride * self.stride
         mixture = self.encoder(F.pad(wavs / level, (0, size - time)))  # [B, K, N]
         valid = _valid(frames, mixture.shape[1])[..., None]
         for norm in self._norms:
@@ -565,8 +565,8 @@ class UNetEnhancer(WaveformEnhancer):
 
     def _frames(self, lengths):
         """Frames that cover ``lengths`` samples (int or tensor): at least one, if any."""
-        if isinstance(lengths, int):
-            return max(0, -(-(lengths - self.kernel) // self.stride)) + 1
+        if not isinstance(lengths, torch.Tensor):
+            return (max(lengths - self.kernel, 0) + self.stride - 1) // self.stride + 1
         frames = (lengths - self.kernel + self.stride - 1).div(self.stride, rounding_mode="floor")
         return (frames.clamp(min=0) + 1) * (lengths > 0)
 
@@ -722,6 +722,39 @@ class SpeechBrainEnhancer(WaveformEnhancer):
         return self.interface.enhance_batch(wavs, lengths=whole)
 
 
+def config_text(enhancer, config=None):
+    """The text of ``enhancer.yaml``; training asks for it before it begins.
+
+    Arguments
+    ---------
+    enhancer : torch.nn.Module
+        The model; a ``DistributedDataParallel`` wrapper is taken off.
+    config : dict, optional
+        ``{"class": ..., "arguments": {...}}`` (default: ``enhancer.config``).
+
+    Raises
+    ------
+    UserError
+        Where there is no config, or one that is no plain data.
+    """
+    if isinstance(enhancer, nn.parallel.DistributedDataParallel):
+        enhancer = enhancer.module
+    config = getattr(enhancer, "config", None) if config is None else config
+    if not isinstance(config, dict) or not {"class", "arguments"} <= config.keys():
+        raise UserError(
+            f"{type(enhancer).__name__} cannot be saved so that it can be loaded again: derive it "
+            "from pi_finetune.enhancers.WaveformEnhancer, or give it an attribute config with the "
+            "keys 'class' and 'arguments'."
+        )
+    try:
+        return yaml.safe_dump(dict(config), sort_keys=False)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{type(enhancer).__name__} cannot be saved so that it can be loaded again: its config "
+            f"must be numbers, texts, lists and dicts alone ({error})."
+        ) from error
+
+
 def save_enhancer(folder, enhancer, config=None):
     """Write ``enhancer.yaml`` and ``enhancer.safetensors`` into a folder.
 
@@ -737,18 +770,11 @@ def save_enhancer(folder, enhancer, config=None):
     Raises
     ------
     UserError
-        Where there is no config.
+        See ``config_text``.
     """
+    text = config_text(enhancer, config)
     if isinstance(enhancer, nn.parallel.DistributedDataParallel):
         enhancer = enhancer.module
-    config = getattr(enhancer, "config", None) if config is None else config
-    if config is None:
-        raise UserError(
-            f"{type(enhancer).__name__} cannot be saved so that it can be loaded again: derive it "
-            "from pi_finetune.enhancers.WaveformEnhancer, or give it an attribute config with the "
-            "keys 'class' and 'arguments'."
-        )
-    text = yaml.safe_dump(dict(config), sort_keys=False)
     # Cloned, since safetensors refuses tensors that share memory.
     weights = {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -10,14 +10,22 @@ length, and for a model of finite reach the chunks leave no trace.
 """
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+from huggingface_hub import snapshot_download
 from scipy.signal import resample_poly
 
-from pi_finetune.enhancers import SAMPLE_RATE, load_enhancer
+from pi_finetune.enhancers import (
+    CONFIG_FILE,
+    SAMPLE_RATE,
+    SPEECHBRAIN_FILE,
+    WEIGHTS_FILE,
+    load_enhancer,
+)
 from pi_finetune.errors import UserError
 from pi_finetune.files import PROJECT_ROOT, replacing
 
@@ -67,8 +75,9 @@ class Enhancer:
         Arguments
         ---------
         folder : str or Path, optional
-            A run folder (``results/STRATEGY/SEED``) or any other folder with
-            ``enhancer.yaml`` and ``enhancer.safetensors`` (default: the shipped model).
+            A run folder (``results/STRATEGY/SEED``), any other folder with ``enhancer.yaml`` and
+            ``enhancer.safetensors``, or the name of a model on the hub; see ``find_model``
+            (default: the shipped model).
         device : str or torch.device, optional
             See ``Enhancer``.
         trust : bool
@@ -81,7 +90,8 @@ class Enhancer:
         UserError
             Where there is no such model, or it cannot be loaded.
         """
-        return cls(load_enhancer(folder or DEFAULT_MODEL, trust=trust), device, **options)
+        source = find_model(DEFAULT_MODEL if folder is None else folder)
+        return cls(load_enhancer(source, trust=trust), device, **options)
 
     def enhance(self, wav, sample_rate=SAMPLE_RATE, mix=1.0):
         """Enhance waveforms in memory.
@@ -208,6 +218,40 @@ class Enhancer:
             enhanced = self.module(wavs, lengths).float().cpu().numpy()
             groups.append(_resample(enhanced, SAMPLE_RATE, rate)[:, : window.shape[1]])
         return np.concatenate(groups)
+
+
+def find_model(source):
+    """Find the folder of a model.
+
+    Arguments
+    ---------
+    source : str or Path
+        A folder; or, where there is none of that name, ``owner/name`` on the hub, which is
+        downloaded unless it is in the cache. Only the files that make up the model are fetched.
+        With HF_HUB_OFFLINE=1 the hub is not contacted.
+
+    Returns
+    -------
+    str or Path
+        The folder.
+
+    Raises
+    ------
+    UserError
+        Where there is neither such a folder nor, as far as can be known, such a model.
+    """
+    if Path(source).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        return source  # load_enhancer says what is wrong with it
+    try:
+        return snapshot_download(
+            str(source), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, SPEECHBRAIN_FILE]
+        )
+    except Exception as error:  # network, hub, permissions, disk: all end here
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"There is no folder {source}, and no model of that name could be had from the hub or "
+            f"its local cache ({reason}). Give a run folder, or owner/name of a model on the hub."
+        ) from error
 
 
 def output_paths(inputs, output):

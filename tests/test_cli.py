@@ -104,7 +104,7 @@ def test_errors_are_one_paragraph(argv, message, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-OTHERS = ("enhance", "doctor")
+OTHERS = ("enhance", "export", "doctor")
 HELPS = [[], *([name] for name in (*cli.RECIPES, *OTHERS))]
 
 

@@ -485,6 +485,14 @@ def test_a_module_without_config(tmp_path):
     assert isinstance(load_enhancer(tmp_path, trust=True), torch.nn.Identity)
 
 
+def test_a_config_that_is_no_plain_data(tmp_path):
+    model = torch.nn.Identity()
+    model.config = {"class": "a.B", "arguments": {"window": torch.hann_window}}
+    with pytest.raises(UserError, match="must be numbers, texts, lists"):
+        save_enhancer(tmp_path, model)
+    assert not list(tmp_path.iterdir())
+
+
 def test_failed_save_keeps_the_old_model(tmp_path, monkeypatch):
     model = build("mask")
     save_enhancer(tmp_path, model)

@@ -392,7 +392,7 @@ class TestCommandLine:
     def test_doctor(self, capsys, monkeypatch):
         assert cli.main(["doctor"]) == 0
         text = capsys.readouterr().out
-        assert f"torch         {torch.__version__.split('+')[0]}" in text
+        assert f"torch            {torch.__version__.split('+')[0]}" in text
         assert "reference     works" in text and "cpu           works" in text
         assert "MaskEnhancer" in text and "Nothing is missing." in text
 

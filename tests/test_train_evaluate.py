@@ -193,6 +193,10 @@ def test_too_many_non_finite_losses_stop_with_a_clear_message(train, monkeypatch
         ({"teacher_source": "/nowhere"}, "/nowhere"),
         ({"teacher_layers": 7}, "has 2 layers, asked for layer 7"),
         ({"enhancer_weights": "/nowhere"}, "No weights at /nowhere"),
+        (
+            {"enhancer": "!new:torch.nn.Identity", "enhancer_weights": "null"},
+            "Identity cannot be saved",  # said before training, not at the first save
+        ),
         ({"updates": 5}, "multiple of valid_every"),
         ({"select_by": "wer"}, "select_by: wer needs a recogniser"),
         ({"gama": 1}, "--gama: "),

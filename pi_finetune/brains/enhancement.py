@@ -8,7 +8,7 @@ from pi_finetune import metrics
 from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.data.loading import sample_lengths
 from pi_finetune.distributed import gather_in_turn, rank
-from pi_finetune.enhancers import save_enhancer
+from pi_finetune.enhancers import config_text, save_enhancer
 from pi_finetune.errors import UserError
 from pi_finetune.position import training_scores
 from pi_finetune.seeding import utterance_rng
@@ -26,6 +26,7 @@ class EnhancementBrain(UpdateBrain):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        config_text(self.modules.enhancer)  # one that could not be saved fails here
         self.recognizer = next(iter(self.hparams.recognizers), None)
         if self.hparams.select_by == "wer" and self.recognizer is None:
             raise UserError("select_by: wer needs a recogniser; set asr_source or select_by.")
