@@ -368,6 +368,7 @@ def small(small_enhancer, tiny_teacher):
         "train": {**train, "teacher_source": tiny_teacher},
         "train_asr": {**SMALL, "encoder_source": tiny_teacher, "hidden": 8},
         "evaluate": {"batch_size": 4, "workers": 1, "audio_examples": 1},
+        "compare": {"replicates": 99},
     }
 
 
