@@ -1,6 +1,7 @@
 """Manifests, mixing and sampling: exact, reproducible, clear about bad folders."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ from synthetic import voice, write_audio
 from pi_finetune.data.audio import read_audio
 from pi_finetune.data.corpora import prepare_noise, prepare_speech
 from pi_finetune.data.loading import (
+    ShareOfSampler,
+    UpdateBatchSampler,
     UpdateSampler,
     choose,
     load_pairs,
     sample_lengths,
 )
 from pi_finetune.data.mixing import NoiseMixer, mix_at_snr
+from pi_finetune.data.shards import write_shards
 from pi_finetune.errors import UserError
 
 
@@ -247,6 +251,113 @@ def test_update_sampler_passes(size, items):
         assert {data_pass for _, data_pass in block} == {start // size}
     sampler.set_epoch(2)
     assert list(sampler) == stream[items : 2 * items]
+
+
+def _padding(sampler, seconds):
+    """Share of padding in what a sampler yields."""
+    batches = list(sampler)
+    longest = sum(max(seconds[i] for i, _ in batch) * len(batch) for batch in batches)
+    return 1 - sum(seconds[i] for batch in batches for i, _ in batch) / longest
+
+
+def test_batches_of_similar_lengths():
+    seconds = np.random.default_rng(0).uniform(1, 16, size=203).tolist()
+    sampler = UpdateBatchSampler(seconds, 40, 1, max_batch_seconds=32, max_batch_size=16)
+    fixed = UpdateSampler(203, 400, seed=1)
+    plain = list(fixed)
+    in_tens = [plain[i : i + 10] for i in range(0, 400, 10)]
+    assert _padding(sampler, seconds) < 0.1 < 0.3 < _padding(in_tens, seconds)
+    stream, per_pass = [], len(sampler.batches(0))
+    for epoch in (1, 2, 3, 4):
+        sampler.set_epoch(epoch)
+        assert len(sampler) == len(list(sampler)) == 40
+        stream += list(sampler)
+    for batch in stream:
+        assert len(batch) <= 16
+        assert len(batch) == 1 or max(seconds[i] for i, _ in batch) * len(batch) <= 32
+    for data_pass in range(len(stream) // per_pass):
+        whole = stream[data_pass * per_pass : (data_pass + 1) * per_pass]
+        assert sorted(item for batch in whole for item in batch) == [
+            (i, data_pass) for i in range(203)
+        ]
+    assert stream[:per_pass] != [
+        [(i, 0) for i, _ in batch] for batch in stream[per_pass : 2 * per_pass]
+    ]
+    again = UpdateBatchSampler(seconds, 40, 1, max_batch_seconds=32, max_batch_size=16)
+    again.set_epoch(3)
+    assert list(again) == stream[80:120]
+    other = UpdateBatchSampler(seconds, 40, 2, max_batch_seconds=32, max_batch_size=16)
+    assert list(other) != stream[:40]
+
+
+def test_an_utterance_longer_than_a_batch_is_a_batch():
+    sampler = UpdateBatchSampler([1.0, 1.0, 50.0], 3, 0, max_batch_seconds=4, max_batch_size=4)
+    assert sorted(map(len, sampler.batches(0))) == [1, 2]
+
+
+def test_processes_share_a_sampler():
+    whole = list(UpdateSampler(7, 12, seed=3))
+    shares = [list(ShareOfSampler(UpdateSampler(7, 12, seed=3), r, 3)) for r in range(3)]
+    assert [item for turn in zip(*shares) for item in turn] == whole
+    assert {len(share) for share in shares} == {len(ShareOfSampler(UpdateSampler(7, 12, 3), 0, 3))}
+
+
+@pytest.fixture(scope="module")
+def shards(corpus, tmp_path_factory):
+    """The corpus, with several shards of the training split."""
+    folder = tmp_path_factory.mktemp("shards")
+    written = write_shards(corpus, folder, ["train*", "dev", "test"], megabytes=0.1)
+    assert len([path for path in written if path.name.startswith("train-")]) > 2
+    return folder
+
+
+def test_shards_give_the_pairs_of_the_folder(corpus, shards, noises):
+    for source in (shards, f"{shards}/train-{{000000..000002}}.tar"):
+        pairs = load_pairs(source, ["train*"], "train", noises, segment_seconds=1)
+        folder = load_pairs(corpus, ["train*"], "train", noises, segment_seconds=1)
+        ids = {folder.item_id(i): i for i in range(len(folder))}
+        assert len(pairs) == len(folder) or "{" in str(source)
+        for i in range(len(pairs)):
+            one, other = pairs[i, 3], folder[ids[pairs.item_id(i)], 3]
+            assert torch.equal(one.pop("noisy"), other.pop("noisy"))
+            assert torch.equal(one.pop("clean"), other.pop("clean"))
+            assert one == other
+    whole = load_pairs(shards, ["train"], "train", noises)
+    assert whole.fingerprint() == load_pairs(corpus, ["train"], "train", noises).fingerprint()
+
+
+def test_shards_are_webdataset(corpus, shards):
+    webdataset = pytest.importorskip("webdataset")
+    names = sorted(str(path) for path in shards.glob("train-*.tar"))
+    samples = list(webdataset.WebDataset(names, shardshuffle=False).decode())
+    manifest = prepare_speech(corpus, ["train"])
+    assert [sample["__key__"] for sample in samples] == list(manifest)
+    for sample in samples:
+        entry = manifest[sample["__key__"]]
+        assert sample["flac"] == Path(entry["wav"]).read_bytes()
+        assert sample["json"] == {"text": entry["text"], "speaker": entry["speaker"]}
+
+
+def test_an_index_of_another_shard_is_made_anew(corpus, shards, tmp_path):
+    for name in ("test-000000.tar", "test-000000.tar.index.json"):
+        (tmp_path / name).write_bytes((shards / name).read_bytes())
+    index = tmp_path / "test-000000.tar.index.json"
+    index.write_text(index.read_text().replace('"text"', '"txet"'))
+    manifest = prepare_speech(tmp_path, ["test"])
+    assert all(entry["text"] for entry in manifest.values())
+    index.write_text("{")
+    assert list(prepare_speech(tmp_path, ["test"])) == list(manifest)
+
+
+def test_bad_shards_are_named(shards, tmp_path):
+    with pytest.raises(UserError, match=r"no shard of .* is of split 'nope'; there are: dev, test"):
+        prepare_speech(shards, ["nope"])
+    with pytest.raises(UserError, match=r"train-00000\d\.tar is missing"):
+        prepare_speech(f"{shards}/train-{{000000..000007}}.tar", ["train"])
+    content = (shards / "train-000000.tar").read_bytes()
+    (tmp_path / "train-000000.tar").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"train-000000\.tar: "):
+        prepare_speech(tmp_path, ["train"])
 
 
 def test_sample_lengths_are_exact():

@@ -1,5 +1,6 @@
 """Checked reading of audio: every failure names the file and what to do."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -14,10 +15,40 @@ AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
 SILENCE_RMS = 1e-5
 
 
+class Member:
+    """An audio file inside a shard, which is given where a path is expected.
+
+    Arguments
+    ---------
+    shard : str
+        The tar file.
+    name : str
+        Of the member, for messages.
+    offset, size : int
+        Where its bytes are.
+    """
+
+    def __init__(self, shard, name, offset, size):
+        self.shard, self.name, self.offset, self.size = shard, name, offset, size
+
+    def __str__(self):
+        return f"{self.shard}: {self.name}"
+
+    def open(self):
+        """Its bytes as a file."""
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.size))
+
+
+def _source(path):
+    return path.open() if isinstance(path, Member) else str(path)
+
+
 def audio_info(path):
     """Return ``audio_io.info(path)`` after checking that the file is 16 kHz, mono and not empty."""
     try:
-        info = audio_io.info(str(path))
+        info = audio_io.info(_source(path))
     except Exception as error:
         raise UserError(
             f"{path}: cannot be read as audio ({error}). Remove or replace the file."
@@ -46,7 +77,7 @@ def read_audio(path, start=0, frames=-1):
         [T], float32.
     """
     try:
-        wav, rate = audio_io.load(str(path), frame_offset=start, num_frames=frames)
+        wav, rate = audio_io.load(_source(path), frame_offset=start, num_frames=frames)
     except Exception as error:
         raise UserError(
             f"{path}: cannot be read as audio ({error}). Remove or replace the file."

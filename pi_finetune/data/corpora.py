@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pi_finetune.data.audio import SAMPLE_RATE, audio_info, find_audio
+from pi_finetune.data.shards import is_shards, prepare_shards
 from pi_finetune.errors import UserError
 
 
@@ -24,7 +25,8 @@ def prepare_speech(folder, splits, min_seconds=0.1):
     ---------
     folder : str or Path
         LibriSpeech layout (``SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac``) or
-        VoiceBank-DEMAND layout (``clean_*_wav`` beside ``noisy_*_wav``).
+        VoiceBank-DEMAND layout (``clean_*_wav`` beside ``noisy_*_wav``), or shards (see
+        :mod:`pi_finetune.data.shards`).
     splits : str or list of str
         Names or glob patterns of the splits, e.g. ``"train-*"``. For
         VoiceBank-DEMAND, ``train``, ``dev`` (speakers p226 and p287 of the training
@@ -38,11 +40,13 @@ def prepare_speech(folder, splits, min_seconds=0.1):
     dict
         The manifest, sorted by id.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"data_folder: {folder} is no folder.")
     splits = [splits] if isinstance(splits, str) else list(splits)
-    if any(folder.glob("clean_*_wav")):
+    folder = Path(folder)
+    if not is_shards(folder) and not folder.is_dir():
+        raise UserError(f"data_folder: {folder} is no folder.")
+    if is_shards(folder):
+        manifest = prepare_shards(folder, splits)
+    elif any(folder.glob("clean_*_wav")):
         manifest = _voicebank(folder, splits)
     else:
         manifest = prepare_librispeech(folder, splits)
