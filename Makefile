@@ -1,10 +1,10 @@
-# make demo: from a fresh clone to a result.    make test: the test suite.
+# make demo: from a fresh clone to a result.    make test: the test suite.    make docs: the site.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint typecheck docs clean
 
 setup: $(VENV)/.complete
 
@@ -33,5 +33,13 @@ lint: setup
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/ruff" check .
 
+docs: $(VENV)/.docs
+	"$(BIN)/sphinx-build" -q -W --keep-going -d build/doctrees docs site
+	@echo "site/index.html"
+
+$(VENV)/.docs: $(VENV)/.complete docs/requirements.txt
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch "$@"
+
 clean:
-	rm -rf "$(VENV)" results
+	rm -rf "$(VENV)" results site

@@ -181,7 +181,7 @@ class MaskEnhancer(WaveformEnhancer):
 
     STFT, magnitudes compressed by a power law, strided convolutions over
     frequency, dilated convolutions over time, and back by sub-pixel convolutions
-    over frequency with skip connections. The mask is m tanh(|m|)/|m| times
+    over frequency with skip connections. The mask is ``m tanh(|m|)/|m|`` times
     ``max_gain`` (Hu et al., DCCRN, Interspeech 2020, with a gain), so no bin is
     amplified by more than ``max_gain``; at initialisation it is about 1.
 

@@ -124,8 +124,8 @@ def soft_dtw(
         bandwidth: Half width, in frames of the shorter sequence, of a Sakoe-Chiba band around the
             line from the first pair of frames to the last; it follows the slope where lengths
             differ. 0 is that line alone, None no band.
-        cost: Of two frames: "sqeuclidean" |a - b|^2, "cosine" 1 - cos(a, b) (1 for a zero frame),
-            or "l1" sum |a - b|.
+        cost: Of two frames: "sqeuclidean" `|a - b|^2`, "cosine" `1 - cos(a, b)` (1 for a zero
+            frame), or "l1" `sum |a - b|`.
         divergence: Return the divergence.
         backend: "auto" (Triton on GPUs, the compiled CPU code on CPUs), "reference", "cpu" or
             "triton". The Triton backend has so far been checked in Triton's interpreter and

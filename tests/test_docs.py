@@ -1,0 +1,89 @@
+"""The documentation runs: every code block of the guides and the tutorial, and the figures."""
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from test_train_evaluate import recipe
+
+from pi_finetune.__main__ import main as command_line
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+GUIDES = sorted(page for page in (DOCS / "howto").glob("*.md") if page.stem != "index")
+PAGES = [DOCS / "tutorial.md", *GUIDES]
+LONGEST = 30  # lines of a block
+
+
+def blocks(page):
+    """The fenced code blocks of a page, in order: (language, text, first line)."""
+    text = page.read_text()
+    for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S):
+        yield match[1], match[2], text.count("\n", 0, match.start(2))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder that looks like the project's, where files may be added; code runs in it."""
+    for name in ("assets", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "hparams", tmp_path / "hparams")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:  # a page's own modules must not meet another's
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def run_shell(text):
+    """Run the commands of a block in this process: importing PyTorch again takes seconds."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0] == "PYTHONPATH=.":
+            words = words[1:]
+        assert words[0] == "python", f"what is this? {line}"
+        if words[1:3] == ["-m", "pi_finetune"]:
+            assert not command_line(words[3:]), line
+        else:
+            options = [] if words[1] == "recipes/compare.py" else ["--noprogressbar"]
+            recipe(Path(words[1]).stem)([*words[2:], *options])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs(page, project):
+    names, ran = {"__name__": "__main__"}, 0
+    for language, text, line in blocks(page):
+        target = re.match(r"# (\S+\.(?:py|yaml))\n", text)
+        if target:
+            path = project / target[1]
+            path.parent.mkdir(exist_ok=True)
+            assert not path.exists(), f"{page}: {path.name} would be overwritten"
+            path.write_text(text)
+        elif language == "python":
+            # Empty lines before: a traceback then names the line of the page.
+            exec(compile("\n" * line + text, str(page), "exec"), names)
+            ran += 1
+        elif language == "sh":
+            run_shell(text)
+            ran += 1
+        else:
+            pytest.fail(f"{page}:{line}: {language} is neither run nor written to a file")
+    assert ran
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_are_short(page):
+    for language, text, line in blocks(page):
+        assert len(text.splitlines()) < LONGEST, f"{page}:{line}: {language}"
+
+
+def test_every_guide_is_listed():
+    listed = set(re.findall(r"\(([a-z_]+\.md)\)", (DOCS / "howto/index.md").read_text()))
+    assert listed == {page.name for page in GUIDES}
