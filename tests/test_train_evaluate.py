@@ -79,7 +79,7 @@ def validations(run):
 
 def test_every_yaml_is_tested():
     fine_tuning = {path.stem for path in HPARAMS.glob("*.yaml") if "updates" in _keys(path)}
-    assert fine_tuning - {"finetune", "asr_ctc", "pretrain_teacher"} == set(STRATEGIES)
+    assert fine_tuning - {"finetune", "asr_ctc", "pr_ctc", "pretrain_teacher"} == set(STRATEGIES)
 
 
 def _keys(path):
