@@ -263,6 +263,14 @@ def test_another_recogniser_can_be_the_main_one(tmp_path):
         compare_runs([tmp_path], recognizer="kaldi", bootstrap=FEW)
 
 
+def test_phoneme_errors_are_called_so(tmp_path):
+    entry = {"hits": 3, "substitutions": 1, "deletions": 0, "insertions": 0, "unit": "phoneme"}
+    lines = [{**line(f"u{i}", 1), "asr": {"pr": entry}} for i in range(3)]
+    comparison = compare_runs([write_run(tmp_path, "mse/1", lines)], bootstrap=FEW)
+    assert comparison.metrics[0].label == "PER (%)" and comparison.metrics[0].name == "wer"
+    assert comparison.scores["wer"].mean("mse") == pytest.approx(25)
+
+
 def test_a_failed_score_leaves_the_utterance_out_of_every_row_and_is_counted(tmp_path):
     write_run(tmp_path, "mse/1", [line(i, pesq=p) for i, p in zip("abc", (1.0, 2.0, 4.5))])
     broken = [line("a", pesq=1.5), line("b", pesq=2.5), line("c", pesq=None)]
@@ -463,6 +471,11 @@ def test_word_alignment_of_hard_cases():
     assert examples.align("cat", "") == [("delete", "cat", "")]
     assert examples.align("", "cat") == [("insert", "", "cat")]
     assert examples.align("", "") == []
+    # phonemes are compared as they are: normalisation is for words
+    assert examples.align("ˈaɪ m", "ˈaɪ n", "phoneme") == [
+        ("equal", "ˈaɪ", "ˈaɪ"),
+        ("substitute", "m", "n"),
+    ]
 
 
 def test_examples_are_the_kept_utterances_with_each_systems_text(results):

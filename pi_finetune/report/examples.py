@@ -111,20 +111,24 @@ def _load(utterance, files, systems, recognizer):
             entry = (line.get("asr") or {}).get(recognizer)
             if entry:
                 reference = entry["reference"]
-                version.words = align(entry["reference"], entry["hypothesis"])
+                version.words = align(
+                    entry["reference"], entry["hypothesis"], entry.get("unit", "word")
+                )
         else:  # the clean signal lies beside the noisy system's scores, which are not its own
             version.seed = None
         versions.append(version)
     return Example(utterance, rate, info, reference, versions)
 
 
-def align(reference, hypothesis):
-    """Word alignment of two texts, normalised as they were when errors were counted.
+def align(reference, hypothesis, unit="word"):
+    """Alignment of two texts, normalised as they were when errors were counted.
 
     Arguments
     ---------
     reference, hypothesis : str
-        Raw texts.
+        Raw texts, or phonemes separated by blanks.
+    unit : str
+        ``word`` (default) or ``phoneme``.
 
     Returns
     -------
@@ -136,7 +140,9 @@ def align(reference, hypothesis):
 
     from pi_finetune.metrics import normalise_text
 
-    words, heard = normalise_text(reference).split(), normalise_text(hypothesis).split()
+    if unit == "word":
+        reference, hypothesis = normalise_text(reference), normalise_text(hypothesis)
+    words, heard = reference.split(), hypothesis.split()
     if not words:  # jiwer refuses an empty reference
         return [("insert", "", " ".join(heard))] if heard else []
     chunks = jiwer.process_words(" ".join(words), " ".join(heard)).alignments[0]

@@ -149,7 +149,8 @@ def findings(comparison):
         d = found.difference
         verdict = {"*": "better", "†": "worse"}.get(found.marker, "undecided")
         text = (
-            f"WER {tables.signed(d.estimate, 2)} points{tables.interval_text(d, 2)} against "
+            f"{comparison.scores['wer'].metric.label[:3]} {tables.signed(d.estimate, 2)} "
+            f"points{tables.interval_text(d, 2)} against "
             f"{comparison.baseline}; better in {_percent(d.p_improvement)} of replicates, "
             f"p = {tables.p_text(found.p_holm)} after Holm's correction."
         ).replace("p = <", "p <")
@@ -315,7 +316,9 @@ def _snr_chart(comparison, groups, snrs):
             lines.append(plots.Line(system, snrs, means, palette[system]))
     if not lines:
         return None
-    return Markup(plots.line_chart(lines, "SNR (dB)", "WER (%)", "WER against SNR, by system"))
+    label = scores.metric.label
+    title = f"{label[:3]} against SNR, by system"
+    return Markup(plots.line_chart(lines, "SNR (dB)", label, title))
 
 
 # Convergence

@@ -32,6 +32,8 @@ SIGNAL_METRICS = (
 def metrics_of(runs, recognizer=None):
     """The metrics that the runs can be compared by: WER, the signal metrics, further WERs.
 
+    A recogniser of phonemes has a phoneme error rate (PER) under the same name.
+
     Arguments
     ---------
     runs : list of Run
@@ -48,22 +50,22 @@ def metrics_of(runs, recognizer=None):
     UserError
         No score is by that recogniser.
     """
-    names = {}
+    units = {}
     for run in runs:
         for line in run.scores.values():
-            names.update(dict.fromkeys(line.get("asr") or {}))
-    names = list(names)
+            for name, entry in (line.get("asr") or {}).items():
+                units[name] = (entry or {}).get("unit", "word")
+    names = list(units)
     if recognizer is not None:
         if recognizer not in names:
             there = ", ".join(names) or "none"
             raise UserError(f"No score is by the recogniser {recognizer!r}; there is {there}.")
         names.sort(key=lambda name: name != recognizer)
-    wers = [
-        Metric(
-            "wer" if i == 0 else f"wer_{n}", "WER (%)" if i == 0 else f"WER (%), {n}", False, 2, n
-        )
-        for i, n in enumerate(names)
-    ]
+    wers = []
+    for name in names:
+        rate = "PER (%)" if units[name] == "phoneme" else "WER (%)"
+        key, label = (f"wer_{name}", f"{rate}, {name}") if wers else ("wer", rate)
+        wers.append(Metric(key, label, False, 2, name))
     return [*(wers[:1] or [Metric("wer", "WER (%)", False, 2)]), *SIGNAL_METRICS, *wers[1:]]
 
 
