@@ -192,6 +192,11 @@ def run_recipe(name, argv):
                 f"Name an experiment first, e.g. pi-finetune {name} mse, or a YAML file of your "
                 f"own; pi-finetune {name} --help lists the shipped ones."
             )
+        if name == "demo" and not (PROJECT_ROOT / "assets" / "mini").is_dir():
+            raise UserError(
+                "The demo needs the mini corpus, which an installed package leaves out for its "
+                "size: run it in a clone of the project."
+            )
         from pi_finetune.config import find_hparams
 
         path = find_hparams(argv[0] if named else default)

@@ -36,9 +36,10 @@ from pi_finetune.report.runs import Run, read_json_lines
 from pi_finetune.report.scores import metric_scores, metrics_of
 
 FORMATS = ("speechbrain", "onnx", "torch")
-HPARAMS_FILE, ONNX_FILE, TORCH_FILE = "hyperparams.yaml", "enhancer.onnx", "enhancer.pt2"
+HPARAMS_FILE, CARD_FILE = "hyperparams.yaml", "README.md"
+ONNX_FILE, TORCH_FILE = "enhancer.onnx", "enhancer.pt2"
 
-_HEADER = "# Written by pi_finetune export"
+_MARK = "Written by pi_finetune export"  # in both files: an export may replace them
 
 
 class WaveformModel(nn.Module):
@@ -90,12 +91,10 @@ def export_run(run, folder, formats=("speechbrain",), trust=False, license=None)
     if unknown:
         raise UserError(f"--format {min(unknown)}: choose from {', '.join(FORMATS)}.")
     source, folder = Path(find_model(run)), Path(folder)
-    hparams = folder / HPARAMS_FILE
-    if hparams.exists() and not hparams.read_text(encoding="utf-8").startswith(_HEADER):
-        raise UserError(
-            f"{folder} holds a {HPARAMS_FILE} that is no export's, it may be a run: name another "
-            "folder with -o."
-        )
+    for name in (HPARAMS_FILE, CARD_FILE):
+        path = folder / name
+        if path.exists() and _MARK not in path.read_text(encoding="utf-8"):
+            raise UserError(f"{folder} holds a {name} that is no export's: name another folder.")
     if folder.resolve() == source.resolve():
         raise UserError(f"{folder} is the run itself: name another folder with -o.")
     enhancer = load_enhancer(source, trust=trust)
@@ -109,7 +108,7 @@ def export_run(run, folder, formats=("speechbrain",), trust=False, license=None)
             torch.export.save(program, str(path))
     save_enhancer(folder, enhancer)
     there = [name for name in (HPARAMS_FILE, ONNX_FILE, TORCH_FILE) if (folder / name).exists()]
-    write_text(folder / "README.md", str(model_card(source, enhancer, there, license)))
+    write_text(folder / CARD_FILE, str(model_card(source, enhancer, there, license)))
     return sorted(folder.iterdir())
 
 
@@ -129,9 +128,9 @@ def write_speechbrain(folder, enhancer):
         Made if missing.
     enhancer : WaveformEnhancer
     """
-    head = f"{_HEADER} {__version__}; where it is loaded, pi_finetune has to be installed.\n"
+    head = f"# {_MARK} {__version__}; where it is loaded, pi_finetune has to be installed.\n"
     if isinstance(enhancer, SpeechBrainEnhancer):
-        head = f"{_HEADER} {__version__}, after the model's own file.\n"
+        head = f"# {_MARK} {__version__}, after the model's own file.\n"
         text, weights = _with_new_weights(enhancer), enhancer.interface.mods.state_dict()
     else:
         model = _yaml({"enhancer": enhancer.config["arguments"] or None}).split("\n", 1)[1]
@@ -414,7 +413,7 @@ def model_card(source, enhancer, files=(), license=None):
     ]
     data = ModelCardData(
         license=license,
-        library_name="speechbrain",
+        library_name="speechbrain" if HPARAMS_FILE in files else "pi_finetune",
         pipeline_tag="audio-to-audio",
         tags=["speech-enhancement", "pi_finetune"],
         model_name=name if results else None,
@@ -426,7 +425,7 @@ def model_card(source, enhancer, files=(), license=None):
         name=name,
         size=f"{sum(p.numel() for p in enhancer.parameters()) / 1e6:.2f}",
         kind=enhancer.config["class"],
-        mark=_HEADER.lstrip("# "),
+        mark=_MARK,
         version=__version__,
         facts=_facts(record, source),
         sets=sets,
@@ -446,6 +445,9 @@ def _record(source):
     return record if isinstance(record, dict) and {"strategy", "seed"} <= record.keys() else {}
 
 
+_LABELS = {"teacher_source": "teacher", "enhancer_weights": "started from", "snrs": "SNR (dB)"}
+
+
 def _facts(record, source):
     """Rows of the card's table."""
     if not record:
@@ -461,10 +463,12 @@ def _facts(record, source):
     facts = {}
     for name in names.split():
         if name in record and name not in unused:
-            label = name.removesuffix("_source").replace("_", " ")
+            label = _LABELS.get(name, name.replace("_", " "))
             facts[label] = _plain(
                 record[name], is_path=name.endswith(("_folder", "_source", "_weights"))
             )
+    if record.get("noise_classes", ...) is None:
+        facts["noise classes"] = "all"
     best = _best(source / "valid.jsonl", record.get("select_by"))
     if best:
         facts["kept at update"] = f"{best['update']}, the best by {record['select_by']}"
@@ -506,9 +510,12 @@ def _scores(path):
         scores = metric_scores(runs, list(run.scores), metric)
         value, noisy = scores.mean("this"), scores.mean("noisy")
         if value is not None:
+            label = metric.label  # of WER only further ones name their recogniser
+            if metric.recognizer and metric.recognizer not in label:
+                label += f", {metric.recognizer}"
             shown = "–" if noisy is None else f"{noisy:.{metric.digits}f}"
             rows.append(
-                {"name": metric.name, "label": metric.label, "number": round(value, metric.digits),
+                {"name": metric.name, "label": label, "number": round(value, metric.digits),
                  "value": f"{value:.{metric.digits}f}", "noisy": shown}
             )  # fmt: skip
     if not rows:

@@ -10,6 +10,9 @@ _PACKAGE = Path(__file__).resolve().parent
 #: checkout, and inside it where a wheel was installed.
 PROJECT_ROOT = _PACKAGE if (_PACKAGE / "hparams").is_dir() else _PACKAGE.parent
 
+_UMASK = os.umask(0)  # it can be read only by setting it
+os.umask(_UMASK)
+
 
 @contextlib.contextmanager
 def replacing(path):
@@ -28,6 +31,7 @@ def replacing(path):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_UMASK)  # safetensors leaves its files to their owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

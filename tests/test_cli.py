@@ -1,6 +1,7 @@
 """The command line: which recipe runs on which file, help without PyTorch, one-paragraph errors."""
 
 import re
+import shlex
 import subprocess
 import sys
 
@@ -147,3 +148,14 @@ def test_help_of_an_experiment_names_what_can_be_set(capsys):
     for key in set(top) - {"assets"}:
         assert f"--{key} " in known or re.search(rf"\b{key}\b", blocks), key
     assert "--max_pad_seconds 1.0" in known and "--asr_source <assets>/models" in known
+
+
+def test_commands_of_the_readme_are_understood():
+    text = (PROJECT_ROOT / "README.md").read_text()
+    lines = re.findall(r"^pi-finetune (.*)$", text, re.M)
+    assert len(lines) > 2
+    for words in map(shlex.split, lines):
+        if words[0] in cli.RECIPES:
+            assert words[1].startswith("--") or find_hparams(words[1])
+        else:
+            assert cli.parser().parse_args(words).command == words[0]

@@ -493,6 +493,12 @@ def test_a_config_that_is_no_plain_data(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_files_are_for_others_too(tmp_path):
+    (tmp_path / "plain").touch()
+    save_enhancer(tmp_path, build("mask"))
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_failed_save_keeps_the_old_model(tmp_path, monkeypatch):
     model = build("mask")
     save_enhancer(tmp_path, model)

@@ -83,6 +83,11 @@ def assert_same(other, enhancer, lengths=LENGTHS):
         torch.testing.assert_close(other(wavs), expected, rtol=1e-4, atol=2e-6)
 
 
+def conv_tasnet():
+    torch.manual_seed(0)
+    return ConvTasNet(filters=16, kernel=16, bottleneck=8, hidden=16, blocks=3, repeats=1)
+
+
 class TestFormats:
     def test_speechbrain(self, exported, enhancer, tmp_path):
         model = WaveformEnhancement.from_hparams(source=str(exported))
@@ -94,12 +99,13 @@ class TestFormats:
     @pytest.mark.parametrize(
         "other",
         [
-            lambda: ConvTasNet(filters=8, kernel=8, bottleneck=4, hidden=8, blocks=2, repeats=1),
+            conv_tasnet,
             lambda: UNetEnhancer(channels=2, depth=2),
         ],
         ids=["conv_tasnet", "unet"],
     )
     def test_other_enhancers_in_speechbrain(self, other, tmp_path):
+        torch.manual_seed(0)
         enhancer = other().eval()
         save_enhancer(tmp_path / "run", enhancer)
         export_run(tmp_path / "run", tmp_path / "out")
@@ -137,7 +143,7 @@ class TestFormats:
         assert_same(torch.export.load(exported / "enhancer.pt2").module(), enhancer)
 
     def test_conv_tasnet_in_onnx(self, tmp_path):
-        enhancer = ConvTasNet(filters=8, kernel=8, bottleneck=4, hidden=8, blocks=2, repeats=1)
+        enhancer = conv_tasnet()
         save_enhancer(tmp_path / "run", enhancer.eval())
         export_run(tmp_path / "run", tmp_path / "out", ["onnx"])
         assert not (tmp_path / "out" / "hyperparams.yaml").exists()
@@ -163,6 +169,7 @@ class TestCard:
             "| seed | 7 |",
             "| perturbation | ZeroPadding(max_seconds=1.0) |",
             "| distance | MSEDistance() |",
+            "| noise classes | all |",
             "| teacher | facebook/hubert-base-ls960 |",
             "| data folder | b/LibriSpeech |",
             "| kept at update | 100, the best by wer |",
@@ -182,7 +189,9 @@ class TestCard:
         card = ModelCard.load(tmp_path / "out" / "README.md")
         assert "holds no record of its training" in card.text and "None were found" in card.text
         assert card.data.license == "cc-by-4.0" and card.data.eval_results is None
-        assert "enhancer.onnx" not in card.text
+        assert "enhancer.onnx" not in card.text and card.data.library_name == "speechbrain"
+        export_run(DEFAULT_MODEL, tmp_path / "out")  # what an export wrote, another may replace
+        assert ModelCard.load(tmp_path / "out" / "README.md").data.license is None
 
 
 class TestRefusals:
@@ -191,12 +200,14 @@ class TestRefusals:
         [
             (["RUN", "-o", "RUN"], "hyperparams.yaml that is no export's"),
             (["RUN", "-o", "other"], "hyperparams.yaml that is no export's"),
+            (["RUN", "-o", "."], "README.md that is no export's"),
             (["nowhere", "-o", "x"], "No enhancer.yaml in nowhere"),
             (["owner/nowhere", "-o", "x"], "no folder owner/nowhere, and no model of that name"),
         ],
     )
     def test_one_paragraph(self, run, tmp_path, monkeypatch, capsys, arguments, message):
         monkeypatch.chdir(tmp_path)
+        (tmp_path / "README.md").write_text("# My project\n")
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "hyperparams.yaml").write_text("seed: 1\n")
         before = (run / "hyperparams.yaml").read_text()
