@@ -149,7 +149,7 @@ def test_torchrun_starts_the_recipe(train, tmp_path):
     settings = tmp_path / "settings.yaml"
     settings.write_text(text.replace("batch_size: 4", "batch_size: 2", 1))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={_port()}", str(ROOT / "recipes/train.py"), str(settings)]
+    command += [f"--master_port={_port()}", "--", str(ROOT / "recipes/train.py"), str(settings)]
     command += ["--noprogressbar"]
     subprocess.run(
         command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
