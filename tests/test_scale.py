@@ -183,6 +183,30 @@ def test_a_bad_batch_spoils_the_update_it_is_part_of(train, monkeypatch):
     assert calls == [0, 0, 1, 1, 1, 1, 2, 2]  # the second update was not made
 
 
+def test_processes_agree_to_skip_what_is_bad_in_one(train, tmp_path, monkeypatch):
+    """A batch that is not the last of its update, so that gradients were not being exchanged."""
+    objectives, end = EnhancementBrain.compute_objectives, EnhancementBrain.on_stage_end
+
+    def broken(self, predictions, batch, stage):
+        loss = objectives(self, predictions, batch, stage)
+        bad = stage.name == "TRAIN" and os.environ["RANK"] == "1" and self.optimizer_step == 1
+        if bad and self.step == 3 and self.history.skipped == 0:
+            return loss * float("nan")
+        return loss
+
+    def keep(self, stage, *args):
+        end(self, stage, *args)
+        state = self.plain_modules["enhancer"].state_dict()
+        torch.save([self.history.skipped, state], tmp_path / f"{os.environ['RANK']}.pt")
+
+    monkeypatch.setattr(EnhancementBrain, "compute_objectives", broken)
+    monkeypatch.setattr(EnhancementBrain, "on_stage_end", keep)
+    in_processes(lambda: train("mse", options=("--grad_accumulation_factor", "2")))
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert one[0] == other[0] == 1
+    assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+
+
 def test_two_processes_score_as_one(evaluate, tmp_path):
     expected = (
         evaluate(["pretrained"], batch_size=1) / "pretrained/0/scores/test.jsonl"
