@@ -35,7 +35,7 @@ from pi_finetune.perturbations import NoPerturbation
 from pi_finetune.seeding import utterance_rng
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-STRATEGIES = ("mse", "soft_dtw", "soft_dtw_no_speed")
+VARIANTS = ("mse", "soft_dtw", "soft_dtw_no_speed", "speechbrain_mse")
 
 
 def random_base(folder):
@@ -143,9 +143,12 @@ def measure(arguments, folder):
     first = Ours("mse", options, None, device)
     teacher = load_hparams(ROOT / "hparams/mse.yaml", {**options, "asr_source": None})[0]["teacher"]
     teacher.to(device)
-    variants = {name: Ours(name, options, teacher, device) for name in arguments.variants}
-    if teacher.family == "hubert":
-        variants["speechbrain_mse"] = Plain(options, source, device)
+    variants = {
+        name: Plain(options, source, device)
+        if name == "speechbrain_mse"
+        else Ours(name, options, teacher, device)
+        for name in arguments.variants
+    }
     ids = list(range(arguments.batch_size))
     samples = int(arguments.seconds * SAMPLE_RATE)
     noisy, clean = waveforms(first.data, ids, samples, device)
@@ -186,7 +189,7 @@ def parse(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--teacher_source", help="folder or hub name; default: random HuBERT-base")
-    parser.add_argument("--variants", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of every utterance")
     parser.add_argument("--repeats", type=int, default=5)

@@ -5,7 +5,7 @@
 
 `noisy` scores the unprocessed mixtures, `pretrained` the enhancer that
 fine-tuning starts from. Interrupted, the same command continues. With `torchrun
---nproc_per_node=N` in place of `python`, N processes share the utterances.
+--nproc_per_node=N --` in place of `python`, N processes share the utterances.
 """
 
 import sys

@@ -149,7 +149,7 @@ def test_torchrun_starts_the_recipe(train, tmp_path):
     settings = tmp_path / "settings.yaml"
     settings.write_text(text.replace("batch_size: 4", "batch_size: 2", 1))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={_port()}", str(ROOT / "recipes/train.py"), str(settings)]
+    command += [f"--master_port={_port()}", "--", str(ROOT / "recipes/train.py"), str(settings)]
     command += ["--noprogressbar"]
     subprocess.run(
         command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
@@ -181,6 +181,30 @@ def test_a_bad_batch_spoils_the_update_it_is_part_of(train, monkeypatch):
     run = train("mse", options=("--grad_accumulation_factor", "2"))
     assert [line["skipped_updates"] for line in validations(run)] == [1, 1]
     assert calls == [0, 0, 1, 1, 1, 1, 2, 2]  # the second update was not made
+
+
+def test_processes_agree_to_skip_what_is_bad_in_one(train, tmp_path, monkeypatch):
+    """A batch that is not the last of its update, so that gradients were not being exchanged."""
+    objectives, end = EnhancementBrain.compute_objectives, EnhancementBrain.on_stage_end
+
+    def broken(self, predictions, batch, stage):
+        loss = objectives(self, predictions, batch, stage)
+        bad = stage.name == "TRAIN" and os.environ["RANK"] == "1" and self.optimizer_step == 1
+        if bad and self.step == 3 and self.history.skipped == 0:
+            return loss * float("nan")
+        return loss
+
+    def keep(self, stage, *args):
+        end(self, stage, *args)
+        state = self.plain_modules["enhancer"].state_dict()
+        torch.save([self.history.skipped, state], tmp_path / f"{os.environ['RANK']}.pt")
+
+    monkeypatch.setattr(EnhancementBrain, "compute_objectives", broken)
+    monkeypatch.setattr(EnhancementBrain, "on_stage_end", keep)
+    in_processes(lambda: train("mse", options=("--grad_accumulation_factor", "2")))
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert one[0] == other[0] == 1
+    assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
 
 
 def test_two_processes_score_as_one(evaluate, tmp_path):
@@ -327,3 +351,38 @@ def test_training_from_shards_is_training_from_the_folder(train, corpus, tmp_pat
     shards = train("mse", "tar", data_folder=tmp_path / "shards", num_workers=1)
     expected, got = (load_file(run / "enhancer.safetensors") for run in (folder, shards))
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("cache_mb", "calls"), [(512, 3), (0.001, 4)])
+def test_the_clean_branch_of_a_validation_is_computed_once(tiny_teacher, cache_mb, calls):
+    from pi_finetune.objectives import RepresentationObjective, SoftDTWDistance
+    from pi_finetune.perturbations import SpeedPerturbation
+    from pi_finetune.teacher import Teacher
+
+    class Counting(Teacher):
+        count = 0
+
+        def forward(self, wavs, lengths):
+            self.count += 1
+            return super().forward(wavs, lengths)
+
+    torch.manual_seed(0)
+    clean, lengths = torch.randn(2, 8000), torch.tensor([8000, 6000])
+    teacher = Counting(tiny_teacher)
+    objective = RepresentationObjective(
+        teacher, SoftDTWDistance(), SpeedPerturbation([0.9, 1.1]), cache_mb=cache_mb
+    )
+
+    def loss(seed=0, clean=clean):
+        rngs = [np.random.default_rng([seed, i]) for i in range(2)]
+        return objective(clean * 0.9 + 0.01, clean, lengths, rngs)
+
+    in_training = [loss(seed) for seed in (0, 0, 5)]
+    assert teacher.count == 6  # never cached
+    teacher.count = 0
+    objective.eval()
+    first, second = loss(), loss()
+    assert teacher.count == calls
+    assert torch.equal(first, second) and torch.equal(first, in_training[0])
+    assert torch.equal(loss(5), in_training[2])  # other draws are not taken for these
+    assert not torch.equal(loss(0, clean * 0.5 + 0.1), first)

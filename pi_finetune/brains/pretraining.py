@@ -79,7 +79,9 @@ class PretrainingBrain(UpdateBrain):
         record = self.log_validation(epoch, self.train_stats, stats)
         best = max(line["masked_accuracy"] for line in self.history.validations)
         if stats["masked_accuracy"] == best and rank() == 0:
-            export_teacher(self.modules.hubert, Path(self.hparams.output_folder) / "teacher")
+            export_teacher(
+                self.plain_modules["hubert"], Path(self.hparams.output_folder) / "teacher"
+            )
         self.checkpointer.save_and_keep_only(
             meta=record, max_keys=["masked_accuracy"], num_to_keep=1
         )
@@ -94,7 +96,7 @@ def export_teacher(hubert: HubertModel, folder) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     half = HubertModel(hubert.config)
-    half.load_state_dict(getattr(hubert, "module", hubert).state_dict())  # DDP wraps it
+    half.load_state_dict(hubert.state_dict())
     with quiet_transformers():
         half.half().save_pretrained(temporary)
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(

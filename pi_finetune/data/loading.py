@@ -191,6 +191,7 @@ class UpdateBatchSampler(Sampler):
             "bucket_boundaries": sorted({*np.quantile(self.seconds, shares, method="higher")}),
         }
         self.epoch = 1
+        self._made = None, []  # the pass under way: an epoch is seldom a whole one
 
     def set_epoch(self, epoch):
         """Called by SpeechBrain's Brain before each epoch (the first is 1)."""
@@ -201,6 +202,8 @@ class UpdateBatchSampler(Sampler):
 
     def batches(self, data_pass):
         """The batches of a pass; equally many in each, since the buckets stay the same."""
+        if self._made[0] == data_pass:
+            return self._made[1]
         sampler = DynamicBatchSampler(
             self.seconds,
             lengths_list=self.seconds,
@@ -208,16 +211,15 @@ class UpdateBatchSampler(Sampler):
             epoch=1,  # at 0 it logs statistics of every bucket
             **self.options,
         )
-        return list(sampler)
+        self._made = data_pass, list(sampler)
+        return self._made[1]
 
     def __iter__(self):
-        batches, made = self.batches(0), 0
+        per_pass = len(self._made[1] or self.batches(0))
         first = (self.epoch - 1) * self.batches_per_epoch
         for position in range(first, first + self.batches_per_epoch):
-            data_pass, index = divmod(position, len(batches))
-            if data_pass != made:
-                batches, made = self.batches(data_pass), data_pass
-            yield [(i, data_pass) for i in batches[index]]
+            data_pass, index = divmod(position, per_pass)
+            yield [(i, data_pass) for i in self.batches(data_pass)[index]]
 
 
 class ShareOfSampler(Sampler):
