@@ -1,5 +1,7 @@
 """The documentation runs: every code block of the guides and the tutorial, and the figures."""
 
+import doctest
+import importlib
 import re
 import shlex
 import shutil
@@ -98,3 +100,17 @@ def test_the_figures_are_made_by_the_script(tmp_path, monkeypatch):
 def test_every_guide_is_listed():
     listed = set(re.findall(r"\(([a-z_]+\.md)\)", (DOCS / "howto/index.md").read_text()))
     assert listed == {page.name for page in GUIDES}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "pi_finetune").rglob("*.py"))
+        if re.search(r"^ +>>> (?!.*doctest: \+SKIP)", path.read_text(), re.M)
+    ],
+)
+def test_examples_of_docstrings(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
