@@ -33,6 +33,9 @@ lint: setup
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/ruff" check .
 
+typecheck: setup
+	"$(BIN)/mypy"
+
 docs: $(VENV)/.docs
 	"$(BIN)/sphinx-build" -q -W --keep-going -d build/doctrees docs site
 	@echo "site/index.html"

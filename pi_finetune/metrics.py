@@ -219,6 +219,11 @@ def normalise_text(text):
     -------
     str
         Words separated by single spaces; "" where nothing is left.
+
+    Example
+    -------
+    >>> normalise_text("Uh, I don't have twenty-five.")
+    'i do not have 25'
     """
     # It leaves the lone "." of an ellipsis, which is no word.
     return " ".join(w for w in _normaliser()(text).split() if any(map(str.isalnum, w)))
@@ -320,6 +325,11 @@ def wer(records):
     -------
     float or None
         None where the references are empty. Insertions can push it over 100.
+
+    Example
+    -------
+    >>> wer([word_errors("the red door", "the bread door"), word_errors("open", "Open."), None])
+    25.0
     """
     records = [record for record in records if record is not None]
     errors = sum(r["substitutions"] + r["deletions"] + r["insertions"] for r in records)

@@ -20,7 +20,15 @@ def _frame_mask(lengths, frames):
 
 
 class MSEDistance:
-    """Mean over valid frames and dimensions of (x - y)^2; needs equal frame lengths."""
+    """Mean over valid frames and dimensions of (x - y)^2; needs equal frame lengths.
+
+    Example
+    -------
+    >>> x, y, lengths = torch.zeros(2, 3, 4), torch.ones(2, 3, 4), torch.tensor([3, 2])
+    >>> y[1, 2] = torch.nan  # beyond the length: not looked at
+    >>> MSEDistance()(x, lengths, y, lengths)
+    tensor([1., 1.])
+    """
 
     def __call__(self, x, x_lengths, y, y_lengths):
         if not torch.equal(x_lengths, y_lengths):
@@ -72,6 +80,15 @@ class SoftDTWDistance:
         Divide by (N + M) / 2, so that long utterances do not dominate. Default: True.
     bandwidth, cost, backend
         As in :func:`pi_finetune.soft_dtw.soft_dtw`.
+
+    Example
+    -------
+    >>> x, lengths = torch.eye(3)[None], torch.tensor([3])
+    >>> slower = x.repeat_interleave(2, dim=1)  # [1, 6, 3]
+    >>> to_slower = SoftDTWDistance()(x, lengths, slower, 2 * lengths)
+    >>> to_reverse = SoftDTWDistance()(x, lengths, x.flip(1), lengths)
+    >>> bool(to_slower < 0.1 * to_reverse)
+    True
     """
 
     def __init__(
@@ -255,6 +272,12 @@ class WeightedSum(torch.nn.Module):
         ``{name: objective}``.
     weights : dict
         ``{name: float}``; every name of ``terms``.
+
+    Example
+    -------
+    >>> terms = {"signal": SISDRLoss(), "spectrum": L1STFTLoss()}
+    >>> list(WeightedSum(terms, {"signal": 0.0, "spectrum": 1.0}).terms)
+    ['spectrum']
     """
 
     def __init__(self, terms, weights):

@@ -48,6 +48,15 @@ class ZeroPadding:
         P as a time; default 1 s.
     hop : int
         The teacher's hop in samples; default 320.
+
+    Example
+    -------
+    >>> from numpy.random import default_rng
+    >>> wavs, lengths, rngs = torch.ones(1, 1600), torch.tensor([1600]), [default_rng(0)]
+    >>> perturbed = ZeroPadding(max_seconds=0.1)(wavs, lengths, rngs)
+    >>> start, length = int(perturbed.content_start), int(perturbed.content_lengths)
+    >>> start % 320, length, bool((perturbed.wavs[0, start : start + length] == 1).all())
+    (0, 1600, True)
     """
 
     def __init__(self, max_seconds=1.0, hop=320):
@@ -82,6 +91,13 @@ class SpeedPerturbation:
     factors : list of float
         Equally likely; each at most two decimals. Default [0.9, 1.0, 1.1]
         (LASER, Meghanani & Hain, Interspeech 2024, for HuBERT).
+
+    Example
+    -------
+    >>> from numpy.random import default_rng
+    >>> wavs, lengths, rngs = torch.ones(1, 1600), torch.tensor([1600]), [default_rng(0)]
+    >>> SpeedPerturbation([0.8])(wavs, lengths, rngs).lengths
+    tensor([2000])
     """
 
     def __init__(self, factors=(0.9, 1.0, 1.1)):

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,7 @@ class Teacher(nn.Module):
         self.layers = [self._layer_index(k) for k in _as_list(layers)]
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> Any:
         """The ``transformers`` model."""
         return self._encoder[0]
 
@@ -310,10 +311,12 @@ class _LogMel(nn.Module):
 
     HOP = 160
     WINDOW = 400
+    mel: Tensor
+    window: Tensor
 
     def __init__(self, num_mel_bins: int):
         super().__init__()
-        mel = mel_filter_bank(
+        bank = mel_filter_bank(
             num_frequency_bins=1 + self.WINDOW // 2,
             num_mel_filters=num_mel_bins,
             min_frequency=0.0,
@@ -322,7 +325,7 @@ class _LogMel(nn.Module):
             norm="slaney",
             mel_scale="slaney",
         )
-        mel = torch.from_numpy(mel.T.copy()).float()
+        mel = torch.from_numpy(bank.T.copy()).float()
         self.register_buffer("mel", mel, persistent=False)
         self.register_buffer("window", torch.hann_window(self.WINDOW), persistent=False)
 
@@ -369,7 +372,7 @@ def _group_norm(norm: nn.GroupNorm, x: Tensor, lengths: Tensor) -> Tensor:
     return torch.cat([F.pad(norm(item[..., :n]), (0, x.shape[-1] - n)) for item, n in items])
 
 
-def _positional_convolution(block: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+def _positional_convolution(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     """Positional embedding of ``x`` [B, F, D]; every convolution sees zeros beyond the item."""
     x = x.transpose(1, 2)
     keep = 1 if mask is None else mask[:, None]
@@ -406,7 +409,7 @@ def quiet_transformers(bars: bool = False):
             transformers_logging.enable_progress_bar()
 
 
-def _load(source: str, revision: str | None, cache_dir: str | None) -> tuple[nn.Module, dict]:
+def _load(source: str, revision: str | None, cache_dir: str | None) -> tuple[Any, dict]:
     """The model in float32 and the contents of its preprocessor_config.json ({} if absent)."""
     folder = Path(source).expanduser()
     local = folder.is_dir()

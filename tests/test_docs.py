@@ -1,5 +1,7 @@
 """The documentation runs: every code block of the guides and the tutorial, and the figures."""
 
+import doctest
+import importlib
 import re
 import shlex
 import shutil
@@ -84,6 +86,31 @@ def test_blocks_are_short(page):
         assert len(text.splitlines()) < LONGEST, f"{page}:{line}: {language}"
 
 
+def test_the_figures_are_made_by_the_script(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import make_figures
+
+    make_figures.main(["--output_folder", str(tmp_path), "--utterances", "12"])
+    shown = set(re.findall(r"\(figures/([a-z_]+\.svg)\)", (DOCS / "method.md").read_text()))
+    kept = {path.name: path.stat().st_size for path in (DOCS / "figures").iterdir()}
+    assert shown == set(kept) == {path.name for path in tmp_path.iterdir()}
+    assert max(kept.values()) < 300_000
+
+
 def test_every_guide_is_listed():
     listed = set(re.findall(r"\(([a-z_]+\.md)\)", (DOCS / "howto/index.md").read_text()))
     assert listed == {page.name for page in GUIDES}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "pi_finetune").rglob("*.py"))
+        if re.search(r"^ +>>> (?!.*doctest: \+SKIP)", path.read_text(), re.M)
+    ],
+)
+def test_examples_of_docstrings(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed

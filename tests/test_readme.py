@@ -1,4 +1,4 @@
-"""The README names what is there: every YAML, every linked file, every option it prints."""
+"""READMEs and docs name what is there: every YAML, every linked file, every option they print."""
 
 import re
 import shlex
@@ -8,8 +8,12 @@ import pytest
 import ruamel.yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md")),
-           *sorted((ROOT / "assets").rglob("README.md"))]  # fmt: skip
+READMES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "recipes").glob("*/README.md")),
+    *sorted((ROOT / "assets").rglob("README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def test_every_yaml_is_in_the_readme():
@@ -20,7 +24,7 @@ def test_every_yaml_is_in_the_readme():
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(readme):
-    for target in re.findall(r"\]\(([^)#]+)\)", readme.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", readme.read_text()):
         if not target.startswith("http"):
             assert (readme.parent / target).exists(), f"{readme}: {target} is not there"
 
@@ -28,14 +32,16 @@ def test_links_lead_somewhere(readme):
 def commands(readme):
     for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", readme.read_text(), re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            if re.match(r"(OMP_NUM_THREADS=\S+ )?python ", line):
+            if re.match(r"([A-Z_]+=\S+ )*python ", line):
                 yield shlex.split(line, comments=True)
 
 
-def _keys(path):
-    tree = ruamel.yaml.YAML().load(path.read_text())
+def _keys(name, readme):
+    """Top-level keys of an experiment file, of the project or written in a block of the page."""
+    shown = re.search(rf"^```yaml\n# {name}\n(.*?)^```", readme.read_text(), re.M | re.S)
+    tree = ruamel.yaml.YAML().load(shown[1] if shown else (ROOT / name).read_text())
     base = tree.pop("extends", None)
-    return set(tree) | (_keys(path.parent / base) if base else set())
+    return set(tree) | (_keys(f"hparams/{base}", readme) if base else set())
 
 
 #: Flags of SpeechBrain itself that the READMEs use.
@@ -52,7 +58,7 @@ def test_commands_name_recipes_and_keys_that_exist(readme):
         hparams = [word for word in words if word.startswith("hparams/")]
         options = {word[2:].split("=")[0] for word in words if word.startswith("--")}
         if hparams:
-            unknown = options - _keys(ROOT / hparams[0]) - RUN_OPTIONS
+            unknown = options - _keys(hparams[0], readme) - RUN_OPTIONS
         else:
             source = (ROOT / script).read_text()
             unknown = {option for option in options if f'"--{option}"' not in source}

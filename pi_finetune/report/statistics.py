@@ -95,6 +95,13 @@ class Bootstrap:
         Returns
         -------
         Interval
+
+        Example
+        -------
+        >>> errors, words = np.array([[0, 1, 2, 0, 1]]), np.array([5, 4, 6, 3, 7])
+        >>> wer = Bootstrap(replicates=999).level(100 * errors, words)
+        >>> float(wer.estimate), bool(wer.low < wer.estimate < wer.high)
+        (16.0, True)
         """
         values, weights = _check(values, weights)
         estimate = values.mean(0).sum() / weights.sum()
@@ -213,6 +220,11 @@ def holm(p_values):
     -------
     np.ndarray
         [m], in the order given.
+
+    Example
+    -------
+    >>> holm([0.01, 0.04, 0.03]).round(3).tolist()
+    [0.03, 0.06, 0.06]
     """
     p_values = np.asarray(p_values, np.float64)
     if p_values.ndim != 1 or np.any((p_values < 0) | (p_values > 1)):
@@ -267,6 +279,11 @@ def updates_to_reach(updates, scores, target, higher_is_better):
     Returns
     -------
     float
+
+    Example
+    -------
+    >>> updates_to_reach([50, 100, 150], [31.0, 27.5, 28.0], target=28.0, higher_is_better=False)
+    100.0
     """
     updates, scores = np.asarray(updates, np.float64), np.asarray(scores, np.float64)
     reached = scores >= target if higher_is_better else scores <= target
@@ -287,6 +304,11 @@ def area_under_curve(updates, scores, start, stop):
     -------
     float
         The area divided by ``stop - start``, in the score's unit.
+
+    Example
+    -------
+    >>> area_under_curve([0, 100, 200], [10.0, 20.0, 20.0], start=0, stop=200)
+    17.5
     """
     updates, scores = np.asarray(updates, np.float64), np.asarray(scores, np.float64)
     if not updates[0] <= start < stop <= updates[-1]:

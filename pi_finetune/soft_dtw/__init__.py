@@ -141,6 +141,16 @@ def soft_dtw(
         ValueError: An argument of the wrong shape, device or value; the message names it.
         NotImplementedError: On differentiating twice.
 
+    Example:
+        >>> x = torch.tensor([[[0.0], [1.0], [2.0]]])  # [1, 3, 1]
+        >>> y = torch.tensor([[[0.0], [0.0], [1.0], [2.0], [2.0]]])  # the same, slower
+        >>> round(soft_dtw(x, y, gamma=0.001).item(), 3)
+        0.0
+        >>> soft_dtw(x, x, gamma=1.0).item() < 0  # the plain loss can be negative,
+        True
+        >>> soft_dtw(x, x, gamma=1.0, divergence=True).item()  # the divergence is not
+        0.0
+
     Sources: Cuturi and Blondel, ICML 2017; Blondel, Mensch and Vert, AISTATS 2021.
     """
     x_lengths, y_lengths = _check_features(x, y, x_lengths, y_lengths, cost)
@@ -175,6 +185,16 @@ def soft_dtw_from_cost(
 
     Returns:
         Loss [B]; float64 if `cost` is, else float32. Raises as `soft_dtw`.
+
+    Example:
+        >>> cost = torch.tensor([[[0.0, 5.0], [5.0, 1.0]]], requires_grad=True)  # [1, 2, 2]
+        >>> loss = soft_dtw_from_cost(cost, gamma=0.01)
+        >>> round(loss.item(), 3)  # by way of the diagonal
+        1.0
+        >>> loss.sum().backward()
+        >>> cost.grad  # the expected alignment
+        tensor([[[1., 0.],
+                 [0., 1.]]])
     """
     _floating(cost, "cost", "[B, N, M]")
     x_lengths = _check_lengths(x_lengths, "x_lengths", cost.shape[0])
