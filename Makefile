@@ -10,7 +10,7 @@ setup: $(VENV)/.complete
 
 $(VENV)/.complete: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
-	  sys.exit(0 if (3, 10) <= v <= (3, 13) else f"error: Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}; set PYTHON=python3.11")'
+	  sys.exit(0 if (3, 11) <= v <= (3, 13) else f"error: Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; set PYTHON=python3.11")'
 	@command -v cc >/dev/null || command -v gcc >/dev/null || { echo \
 	  "error: the pesq package is built from source and needs a C compiler; on Debian: apt-get install gcc python3-dev" >&2; exit 1; }
 	@$(PYTHON) -c 'import os, sys, sysconfig as s; \
@@ -32,8 +32,6 @@ test: setup
 lint: setup
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/ruff" check .
-
-typecheck: setup
 	"$(BIN)/mypy"
 
 docs: $(VENV)/.docs

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Cell:
     """
 
     folder: Path
-    commands: callable
+    commands: Callable[[], list[list[str]]]
     needs: tuple = ()
 
     def done(self):

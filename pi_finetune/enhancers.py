@@ -43,7 +43,7 @@ CONFIG_FILE = "enhancer.yaml"
 WEIGHTS_FILE = "enhancer.safetensors"
 SPEECHBRAIN_FILE = "speechbrain.yaml"
 
-_REGISTRY = {}
+_REGISTRY: dict[str, type] = {}
 
 
 def _class_path(cls):

@@ -1,11 +1,14 @@
 """Fixtures that stand in for a corpus and models: generated, tiny, of the real format."""
 
+import json
 import os
 import sys
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
+from running import HPARAMS, Parrot, recipe
 from speechbrain.utils.importutils import LazyModule
 from synthetic import voice, write_audio
 
@@ -94,3 +97,61 @@ def pretrained(tmp_path_factory):
         "!new:pi_finetune.enhancers.MaskEnhancer\nchannels: [4, 4]\ndim: 8\ndilations: [1, 2]\n"
     )
     return folder
+
+
+@pytest.fixture
+def train(corpus, noises, tiny_teacher, pretrained, tmp_path):
+    """Run train.py with small settings; returns the run folder."""
+
+    def run(strategy, results="results", options=(), **changes):
+        settings = {
+            "data_folder": corpus,
+            "noise_folder": noises,
+            "teacher_source": tiny_teacher,
+            "enhancer": f"!include:{quote(str(pretrained))}/block.yaml",
+            "enhancer_weights": pretrained,
+            "asr_source": "null",
+            "select_by": "si_sdr",
+            "results_folder": tmp_path / results,
+            "updates": 4,
+            "valid_every": 2,
+            "segment_seconds": 1.0,
+            "batch_size": 2,
+            "num_workers": 0,
+            "valid_utterances": 2,
+            "lr": 0.01,
+            "warmup_updates": 0,
+            **changes,
+        }
+        arguments = [str(HPARAMS / f"{strategy}.yaml"), "--noprogressbar", *options]
+        for key, value in settings.items():
+            arguments += [f"--{key}", str(value)]
+        recipe("train")(arguments)
+        return tmp_path / results / strategy / str(settings.get("seed", 1234))
+
+    return run
+
+
+@pytest.fixture
+def evaluate(corpus, noises, pretrained, tmp_path, monkeypatch):
+    """Run evaluate.py; returns the results folder."""
+    monkeypatch.setattr("pi_finetune.evaluation.load_recognizer", lambda source: Parrot())
+
+    def run(systems, **changes):
+        settings = {
+            "run": json.dumps(systems),
+            "results_folder": tmp_path / "results",
+            "enhancer_weights": pretrained,
+            "data_folder": corpus,
+            "noise_folder": noises,
+            "workers": 1,
+            "audio_examples": 2,
+            **changes,
+        }
+        arguments = [str(HPARAMS / "evaluate.yaml")]
+        for key, value in settings.items():
+            arguments += [f"--{key}", str(value)]
+        recipe("evaluate")(arguments)
+        return tmp_path / "results"
+
+    return run

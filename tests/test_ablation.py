@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import submitit
-from test_train_evaluate import HPARAMS, STRATEGIES, recipe
+from running import HPARAMS, STRATEGIES, recipe
 
 from pi_finetune.ablation import STAMP, Ablation, Cell, run_cells
 from pi_finetune.config import load_hparams

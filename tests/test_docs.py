@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train_evaluate import recipe
+from running import recipe
 
 from pi_finetune.__main__ import main as command_line
 

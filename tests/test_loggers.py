@@ -6,7 +6,6 @@ import types
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train_evaluate import train  # noqa: F401  (a fixture)
 
 from pi_finetune.brains.loggers import train_loggers
 from pi_finetune.errors import UserError
@@ -18,8 +17,8 @@ def read(folder):
     return events
 
 
-def test_tensorboard_holds_scores_audio_spectrograms_and_alignment_by_update(request):
-    run = request.getfixturevalue("train")("mse", log_examples=1)
+def test_tensorboard_holds_scores_audio_spectrograms_and_alignment_by_update(train):
+    run = train("mse", log_examples=1)
     events = read(run)
     assert [e.step for e in events.Scalars("valid/si_sdr")] == [2, 4]
     (audio,) = {tag for tag in events.Tags()["audio"] if tag.endswith("/enhanced")}
@@ -32,12 +31,12 @@ def test_tensorboard_holds_scores_audio_spectrograms_and_alignment_by_update(req
         images = events.Images(f"{example}/{kind}")
         assert [image.step for image in images] == [2, 4] and min(images[0].height, 400) == 400
     # the numbers go on where they were after a resume
-    request.getfixturevalue("train")("mse", log_examples=1)
+    train("mse", log_examples=1)
     assert [e.step for e in read(run).Scalars("valid/si_sdr")] == [2, 4]
 
 
-def test_no_examples_are_logged_when_none_are_asked_for(request):
-    run = request.getfixturevalue("train")("mse", log_examples=0)
+def test_no_examples_are_logged_when_none_are_asked_for(train):
+    run = train("mse", log_examples=0)
     assert not read(run).Tags()["audio"] and not read(run).Tags()["images"]
 
 

@@ -13,9 +13,9 @@ import pytest
 import soundfile
 import torch
 import transformers
+from running import recipe
 from safetensors.torch import load_file
 from synthetic import voice, write_audio
-from test_train_evaluate import recipe
 
 from pi_finetune.config import load_hparams
 from pi_finetune.data.corpora import prepare_noise, prepare_speech

@@ -1,7 +1,5 @@
 """Several processes, gradient accumulation and reduced precision, through the recipes."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import json
 import multiprocessing
 import os
@@ -12,16 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from running import ROOT, validations
 from safetensors.torch import load_file
-from test_train_evaluate import (  # noqa: F401
-    HPARAMS,
-    ROOT,
-    evaluate,
-    pretrained,
-    scores,
-    train,
-    validations,
-)
 
 from pi_finetune.brains.enhancement import EnhancementBrain
 from pi_finetune.errors import UserError

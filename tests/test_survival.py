@@ -1,7 +1,5 @@
 """What ends a training in the middle: kills, full disks, damaged files, dead workers."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import errno
 import multiprocessing
 import os
@@ -13,12 +11,7 @@ import time
 
 import pytest
 import torch
-from test_train_evaluate import (  # noqa: F401
-    evaluate,
-    pretrained,
-    train,
-    validations,
-)
+from running import validations
 
 from pi_finetune.brains.enhancement import EnhancementBrain
 from pi_finetune.checkpoints import SUMS_FILE, Checkpointer

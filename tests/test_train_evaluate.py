@@ -1,69 +1,13 @@
 """Fine-tuning and evaluation through the recipes, as a user runs them, on a generated corpus."""
 
-import importlib.util
-import json
-from pathlib import Path
-from urllib.parse import quote
-
 import numpy as np
 import pytest
 import torch
+from running import HPARAMS, ROOT, STRATEGIES, scores, validations
 from safetensors.torch import load_file
 
 from pi_finetune.brains.enhancement import EnhancementBrain
 from pi_finetune.enhancers import load_enhancer
-
-ROOT = Path(__file__).resolve().parent.parent
-HPARAMS = ROOT / "hparams"
-STRATEGIES = (
-    "mse", "zero_pad", "soft_dtw", "soft_dtw_no_speed", "speed_mse", "zero_pad_soft_dtw",
-    "si_sdr", "l1_stft", "pretrain_enhancer",
-)  # fmt: skip
-
-
-def recipe(name):
-    """The ``main`` of a recipe, in this process: importing PyTorch again takes seconds."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-@pytest.fixture
-def train(corpus, noises, tiny_teacher, pretrained, tmp_path):
-    """Run train.py with small settings; returns the run folder."""
-
-    def run(strategy, results="results", options=(), **changes):
-        settings = {
-            "data_folder": corpus,
-            "noise_folder": noises,
-            "teacher_source": tiny_teacher,
-            "enhancer": f"!include:{quote(str(pretrained))}/block.yaml",
-            "enhancer_weights": pretrained,
-            "asr_source": "null",
-            "select_by": "si_sdr",
-            "results_folder": tmp_path / results,
-            "updates": 4,
-            "valid_every": 2,
-            "segment_seconds": 1.0,
-            "batch_size": 2,
-            "num_workers": 0,
-            "valid_utterances": 2,
-            "lr": 0.01,
-            "warmup_updates": 0,
-            **changes,
-        }
-        arguments = [str(HPARAMS / f"{strategy}.yaml"), "--noprogressbar", *options]
-        for key, value in settings.items():
-            arguments += [f"--{key}", str(value)]
-        recipe("train")(arguments)
-        return tmp_path / results / strategy / str(settings.get("seed", 1234))
-
-    return run
-
-
-def validations(run):
-    return [json.loads(line) for line in (run / "valid.jsonl").read_text().splitlines()]
 
 
 def test_every_yaml_is_tested():
@@ -208,44 +152,6 @@ def test_bad_input_is_one_clear_error_before_training(train, capsys, changes, me
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
-
-
-class Parrot:
-    """A recogniser that hears the same in everything."""
-
-    name = "parrot"
-
-    def __call__(self, wavs, lengths):
-        return ["one two three"] * len(wavs)
-
-
-@pytest.fixture
-def evaluate(corpus, noises, pretrained, tmp_path, monkeypatch):
-    """Run evaluate.py; returns the results folder."""
-    monkeypatch.setattr("pi_finetune.evaluation.load_recognizer", lambda source: Parrot())
-
-    def run(systems, **changes):
-        settings = {
-            "run": json.dumps(systems),
-            "results_folder": tmp_path / "results",
-            "enhancer_weights": pretrained,
-            "data_folder": corpus,
-            "noise_folder": noises,
-            "workers": 1,
-            "audio_examples": 2,
-            **changes,
-        }
-        arguments = [str(HPARAMS / "evaluate.yaml")]
-        for key, value in settings.items():
-            arguments += [f"--{key}", str(value)]
-        recipe("evaluate")(arguments)
-        return tmp_path / "results"
-
-    return run
-
-
-def scores(run):
-    return [json.loads(line) for line in (run / "scores" / "test.jsonl").read_text().splitlines()]
 
 
 def test_scores_of_all_systems_are_of_the_same_mixtures(train, evaluate):

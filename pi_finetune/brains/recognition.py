@@ -15,6 +15,7 @@ from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.data.audio import SAMPLE_RATE, read_audio
 from pi_finetune.data.corpora import prepare_noise
 from pi_finetune.data.mixing import NoiseMixer
+from pi_finetune.distributed import rank
 from pi_finetune.errors import UserError
 from pi_finetune.files import write_text
 from pi_finetune.recognizers import save_recognizer
@@ -213,15 +214,12 @@ class RecognitionBrain(UpdateBrain):
         scores = {"loss": float(stage_loss), rate: metrics.wer(self.errors)}
         earlier = [(line[rate], line["loss"]) for line in self.history.validations]
         record = self.log_validation(epoch, {"loss": self.train_loss}, scores)
-        if not sb.utils.distributed.if_main_process():
-            return
-        if all((record[rate], record["loss"]) < line for line in earlier):
-            head = getattr(self.modules.head, "module", self.modules.head)  # DDP wraps it
+        if all((record[rate], record["loss"]) < line for line in earlier) and rank() == 0:
             save_recognizer(
                 self.hparams.output_folder,
                 self.hparams.recognizer_name,
                 self.hparams.encoder,
-                head,
+                self.plain_modules["head"],
                 self.hparams.tokenizer,
             )
         self.checkpointer.save_and_keep_only(meta=record, min_keys=[rate], num_to_keep=1)
