@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint typecheck docs clean
+.PHONY: setup demo test lint docs clean
 
 setup: $(VENV)/.complete
 

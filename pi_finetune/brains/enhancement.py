@@ -103,7 +103,7 @@ class EnhancementBrain(UpdateBrain):
             return
         record = self.log_validation(epoch, {"objective": self.train_objective}, scores)
         for train_logger in self.hparams.train_loggers:
-            if hasattr(train_logger, "log_example"):
+            if rank() == 0 and hasattr(train_logger, "log_example"):
                 for name, wavs in self.examples.items():
                     train_logger.log_example(record["update"], name, wavs)
         selection = self._selection(record)

@@ -86,9 +86,10 @@ class UpdateTensorboardLogger(TensorboardLogger):
                 self.writer.add_scalar(f"{part}/{name}", value, stats_meta["update"])
         self.writer.flush()
 
-    @main_process_only
     def log_example(self, update, name, wavs):
         """Write one dev utterance: audio, spectrograms, and how soft-DTW aligns it.
+
+        For the main process to call, which alone has a writer.
 
         The alignment is that of :func:`pi_finetune.report.examples.expected_alignment`: enhanced
         speech against clean speech at 0.9 times the speed.
