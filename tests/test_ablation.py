@@ -277,3 +277,14 @@ def test_the_demo_runs_every_strategy_that_has_a_teacher(tmp_path):
     strategies = set(STRATEGIES) - {"si_sdr", "l1_stft", "pretrain_enhancer"}
     expected = {f"hubert/{name}/1234" for name in strategies}
     assert folders == expected | {"controls/si_sdr/1234", "noisy/0", "pretrained/0"}
+
+
+def test_the_ablation_of_the_evidence_has_every_strategy_teacher_and_seed(tmp_path):
+    path = HPARAMS.parent / "recipes" / "LibriSpeech" / "ablation.yaml"
+    settings, _ = load_hparams(path, {"results_folder": str(tmp_path)})
+    plan = Ablation(settings)
+    names = set(STRATEGIES) - {"pretrain_enhancer"}
+    assert {name for _, name in plan.groups} == names
+    assert {place for place, _ in plan.groups} == {"controls", "whisper", "hubert"}
+    runs = [cell for cell in plan.cells() if len(cell.needs)]
+    assert len(runs) == 3 * (2 * 6 + 2)

@@ -379,6 +379,13 @@ def test_convergence_against_hand_values(tmp_path):
     assert [r["updates_to_target"] for r in rows] == [300, 300, 200, None]
 
 
+def test_updates_needed_are_never_negative(tmp_path):
+    for seed, wers in ((1, [20, 30, 30, 30]), (2, [30, 30, 30, 20])):
+        write_run(tmp_path, f"mse/{seed}", [line("a")], dev_lines(wers))
+    needed = compare_runs([tmp_path], bootstrap=FEW).convergence["mse"].updates_mean
+    assert (needed.estimate, needed.low) == (250, 0) and needed.high > 400
+
+
 def test_dev_curves_of_different_length_share_their_span(tmp_path):
     write_run(tmp_path, "mse/1", [line("a")], dev_lines([40, 30, 20]))
     write_run(tmp_path, "soft_dtw/1", [line("a")], dev_lines([40, 20]))

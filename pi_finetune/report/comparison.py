@@ -310,7 +310,7 @@ def _converge(curves, metric, baseline, confidence, notes):
             updates=updates,
             seconds=seconds,
             budget=max(curves[strategy, seed].updates[-1] for seed in seeds),
-            updates_mean=seed_interval(updates, confidence) if np.isfinite(updates).all() else None,
+            updates_mean=_mean_updates(updates, confidence),
             area=None,
             area_difference=None,
         )
@@ -322,6 +322,14 @@ def _converge(curves, metric, baseline, confidence, notes):
                 differences = [areas[strategy, s] - areas[baseline, s] for s in paired]
                 result[strategy].area_difference = seed_interval(differences, confidence)
     return result
+
+
+def _mean_updates(updates, confidence):
+    if not np.isfinite(updates).all():
+        return None
+    mean = seed_interval(updates, confidence)
+    low = float(np.maximum(mean.low, 0))  # no number of updates is negative; NaN stays NaN
+    return Interval(mean.estimate, low, mean.high)
 
 
 def common_folder(comparison):
