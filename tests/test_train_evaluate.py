@@ -36,6 +36,13 @@ def test_every_strategy_trains(train, pretrained, strategy):
     assert "strategy: " + strategy in (run / "hyperparams.yaml").read_text()
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_runs_with_debug(train, strategy):
+    run = train(strategy, options=["--debug"], updates=8, valid_every=4, log_examples=0)
+    records = validations(run)  # two updates of each of two epochs are made
+    assert len(records) == 2 and np.isfinite([record["objective"] for record in records]).all()
+
+
 def test_the_share_of_position_can_be_logged(train):
     for record in validations(train("mse", log_position=True)):
         assert record["position_unequal"] > 0 and np.isfinite(record["position_share"])
