@@ -30,6 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from pi_finetune.config import load_hparams
 from pi_finetune.data.audio import SAMPLE_RATE
+from pi_finetune.data.loading import UpdateSampler, sample_lengths
 from pi_finetune.files import write_text
 from pi_finetune.perturbations import NoPerturbation
 from pi_finetune.seeding import utterance_rng
@@ -94,9 +95,13 @@ class Ours:
     def step(self, clock, ids, noisy, clean, lengths):
         batch = PaddedBatch([self.data[i, 0] for i in ids])
         clock("loading and mixing")
+        return self.work(clock, batch.id, noisy, clean, lengths)
+
+    def work(self, clock, keys, noisy, clean, lengths):
+        """All of a step but the loading."""
         enhanced = self.enhancer(noisy, lengths)
         clock("enhancer")
-        loss = self.compare(clock, enhanced, clean, lengths, batch.id)
+        loss = self.compare(clock, enhanced, clean, lengths, keys)
         clock("distance")
         loss.backward()
         clock("backward")
@@ -165,7 +170,37 @@ def measure(arguments, folder):
             if repeat:  # the first warms up
                 times[name].append(stages)
                 print(f"{repeat}/{arguments.repeats} {name}: {sum(stages.values()):.2f} s")
-    return teacher, times
+    waits = {
+        workers: waiting(variants["mse"], arguments, workers)
+        for workers in arguments.loader_workers
+        if "mse" in variants
+    }
+    return teacher, times, waits
+
+
+def waiting(variant, arguments, workers):
+    """Median seconds that a step waits for its batch from a real loader, and seconds of the step.
+
+    Wall time, of a training loop with crops and mixtures drawn as in training. The first two
+    batches, for which the workers start, do not count.
+    """
+    batches = arguments.repeats + 2
+    sampler = UpdateSampler(len(variant.data), batches * arguments.batch_size, variant.seed)
+    loader = torch.utils.data.DataLoader(
+        variant.data, arguments.batch_size, sampler=sampler, num_workers=workers,
+        collate_fn=PaddedBatch,
+    )  # fmt: skip
+    waits, steps, batch_iterator = [], [], iter(loader)
+    for _ in range(batches):
+        clock = Clock(arguments.device, cpu_time=False)
+        batch = next(batch_iterator).to(arguments.device)
+        clock("waiting")
+        wait = clock.stages.pop("waiting")
+        lengths = sample_lengths(batch.noisy)
+        stages = variant.work(clock, batch.id, batch.noisy.data, batch.clean.data, lengths)
+        waits.append(wait)
+        steps.append(sum(stages.values()))
+    return {"wait": statistics.median(waits[2:]), "step": statistics.median(steps[2:])}
 
 
 def summary(times):
@@ -193,6 +228,13 @@ def parse(argv):
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of every utterance")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--loader_workers",
+        type=int,
+        nargs="*",
+        default=[0, 1],
+        help="how long an MSE step waits for its batch with so many; default: 0 1",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
@@ -209,7 +251,7 @@ def main(argv=None):
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
-        teacher, times = measure(arguments, folder)
+        teacher, times, waits = measure(arguments, folder)
     table, ratios = summary(times)
     stages = list(next(iter(table.values())))
     print("\n| seconds | " + " | ".join(table) + " |")
@@ -218,6 +260,11 @@ def main(argv=None):
         print(f"| {stage} | " + " | ".join(f"{row[stage]:.4f}" for row in table.values()) + " |")
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f}")
+    for workers, found in waits.items():
+        print(
+            f"{workers} loader workers: a step of {found['step']:.3f} s waits "
+            f"{1000 * found['wait']:.1f} ms for its batch"
+        )
     if arguments.json:
         size = sum(p.numel() for p in teacher.encoder.parameters())
         result = {
@@ -241,6 +288,7 @@ def main(argv=None):
             },
             "median_seconds": table,
             "ratios": ratios,
+            "loader_workers": waits,
         }
         write_text(arguments.json, json.dumps(result, indent=1) + "\n")
 

@@ -37,7 +37,9 @@ def test_the_training_without_content_is_as_measured():
     records = (DOCS / "evidence" / "causal.jsonl").read_text().splitlines()
     for record in map(json.loads, records):
         fall, low, high = (100 * record[key] for key in ("relative_fall", "low", "high"))
-        (row,) = (line for line in TEXT.splitlines() if line.startswith(f"| `{record['objective']}`"))
+        (row,) = (
+            line for line in TEXT.splitlines() if line.startswith(f"| `{record['objective']}`")
+        )
         assert f"{fall:.1f} [{low:.1f}, {high:.1f}]" in row
 
 
