@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -232,7 +233,7 @@ def test_presets_say_what_they_change():
     assert usual["teacher_source"] == str(ROOT / "assets/models/teacher")
     assert usual["teacher_layers"] == -1 and usual["gamma"] == 0.1
     assert speeds(usual) == [0.9, 1.0, 1.1]
-    preset = f"teacher_preset: !include:{ROOT}/hparams/teachers/wavlm_large.yaml\n"
+    preset = f"teacher_preset: !include:{quote(str(ROOT))}/hparams/teachers/wavlm_large.yaml\n"
     large = settings(preset)
     assert large["teacher_source"] == "microsoft/wavlm-large"
     assert speeds(large) == [0.8, 0.85, 0.9, 1.0, 1.1, 1.15, 1.2]
