@@ -13,6 +13,7 @@ from pi_finetune.config import (
     PROJECT_ROOT,
     _dump,
     _merged_tree,
+    asset_folder,
     load_hparams,
     refuse_other_settings,
 )
@@ -99,7 +100,7 @@ def test_shipped_files_name_assets_that_are_there(path):
     tree = _merged_tree(path)
     tree |= {key: "x" for key in ("strategy", "run") if key in tree}  # placeholders
     text = resolve_references(io.StringIO(_dump(tree))).getvalue()
-    named = re.findall(r"\S*/(?:mini|models)/\w+", text)
-    assert named
+    named = re.findall(r"(?<=/)(?:mini|models)/\w+", text)
+    assert named and text.count(asset_folder()) >= len(named)
     for asset in named:
-        assert Path(asset).exists(), f"{path.name}: {asset} is not there"
+        assert Path(asset_folder(), asset).exists(), f"{path.name}: {asset} is not there"
