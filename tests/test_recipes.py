@@ -21,7 +21,7 @@ from synthetic import voice, write_audio
 from pi_finetune.config import load_hparams
 from pi_finetune.data.corpora import prepare_noise, prepare_speech
 from pi_finetune.data.loading import load_pairs
-from pi_finetune.enhancers import MaskEnhancer, load_enhancer, save_enhancer
+from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import UserError
 from pi_finetune.metrics import recognition_errors
 from pi_finetune.recognizers import (
@@ -39,17 +39,6 @@ ENVIRONMENTS = (
     "DKITCHEN DLIVING DWASHING NFIELD NPARK NRIVER OHALLWAY OMEETING OOFFICE PCAFETER PRESTO "
     "PSTATION SCAFE SPSQUARE STRAFFIC TBUS TCAR TMETRO"
 ).split()
-
-
-@pytest.fixture(scope="module")
-def small_enhancer(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("enhancer")
-    save_enhancer(folder, MaskEnhancer(channels=(4, 4), dim=8, dilations=(1, 2)))
-    (folder / "block.yaml").write_text(
-        "!new:pi_finetune.enhancers.MaskEnhancer\nchannels: [4, 4]\ndim: 8\ndilations: [1, 2]\n"
-    )
-    return folder
 
 
 # Resampling.
@@ -179,7 +168,7 @@ def published(folder, preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_teacher_preset_trains(preset, corpus, noises, small_enhancer, tmp_path, monkeypatch):
+def test_every_teacher_preset_trains(preset, corpus, noises, pretrained, tmp_path, monkeypatch):
     original = published(tmp_path / "teacher", preset)
     monkeypatch.chdir(ROOT)  # where a user stands; the include is relative to it
     options = {
@@ -187,8 +176,8 @@ def test_every_teacher_preset_trains(preset, corpus, noises, small_enhancer, tmp
         "teacher_source": tmp_path / "teacher",
         "data_folder": corpus,
         "noise_folder": noises,
-        "enhancer": f"!include:{small_enhancer}/block.yaml",
-        "enhancer_weights": small_enhancer,
+        "enhancer": f"!include:{pretrained}/block.yaml",
+        "enhancer_weights": pretrained,
         "asr_source": "null",
         "select_by": "si_sdr",
         "results_folder": tmp_path / "results",
@@ -206,7 +195,7 @@ def test_every_teacher_preset_trains(preset, corpus, noises, small_enhancer, tmp
     record = json.loads((run / "valid.jsonl").read_text())
     assert record["update"] == 2 and record["skipped_updates"] == 0
     assert np.isfinite(record["objective"])
-    before, after = (load_file(f / "enhancer.safetensors") for f in (small_enhancer, run))
+    before, after = (load_file(f / "enhancer.safetensors") for f in (pretrained, run))
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
     teacher = Teacher(str(tmp_path / "teacher"))
@@ -280,12 +269,12 @@ def recognizer_folders(tiny_teacher, tmp_path_factory):
 
 @pytest.mark.parametrize("system", ["noisy", "pretrained"])
 def test_recognition_through_evaluation_is_that_of_the_recogniser_alone(
-    system, corpus, noises, small_enhancer, recognizer_folders, tmp_path
+    system, corpus, noises, pretrained, recognizer_folders, tmp_path
 ):
     options = {
         "run": system,
         "results_folder": tmp_path,
-        "enhancer_weights": small_enhancer,
+        "enhancer_weights": pretrained,
         "data_folder": corpus,
         "noise_folder": noises,
         "asr_source": json.dumps([str(folder) for folder in recognizer_folders]),
@@ -299,7 +288,7 @@ def test_recognition_through_evaluation_is_that_of_the_recogniser_alone(
     lines = {line["id"]: line for line in map(json.loads, path.read_text().splitlines())}
     pairs = load_pairs(corpus, ["test"], "test", noises)
     assert len(lines) == len(pairs) == 6
-    enhancer = load_enhancer(small_enhancer).eval() if system == "pretrained" else None
+    enhancer = load_enhancer(pretrained).eval() if system == "pretrained" else None
     for folder in recognizer_folders:
         recognizer = load_recognizer(folder)
         heard = set()
@@ -355,14 +344,14 @@ SMALL = {"updates": 2, "valid_every": 2, "batch_size": 2, "warmup_updates": 0}
 
 
 @pytest.fixture
-def small(small_enhancer, tiny_teacher):
+def small(pretrained, tiny_teacher):
     """Options that make each command of the READMEs a matter of a second."""
     train = {
         **SMALL,
         "num_workers": 0,
         "valid_utterances": 2,
         "segment_seconds": 0.5,
-        "enhancer": f"!include:{small_enhancer}/block.yaml",
+        "enhancer": f"!include:{pretrained}/block.yaml",
     }
     return {
         "pretrain": train,
