@@ -71,9 +71,12 @@ PACKAGES = {
     "pystoi": "pip install pystoi",
     "jiwer": "pip install jiwer",
     "matplotlib": "pip install matplotlib: reports need it",
+    "submitit": "pip install submitit: ablations need it",
+    "gruut": "pip install gruut: phoneme recognition needs it",
+    "webdataset": "pip install webdataset: shards need it",
     "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",
 }
-OPTIONAL = {"triton", "onnxscript"}
+OPTIONAL = {"triton", "gruut", "webdataset", "onnxscript"}
 
 
 def parser():

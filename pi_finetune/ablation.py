@@ -207,11 +207,11 @@ class Ablation:
         cells = self.searches[teacher, strategy]
         if not cells:
             return self.hparams["lrs"][0], {}
-        from pi_finetune.brains.enhancement import HIGHER_IS_BETTER  # imports torch
+        from pi_finetune.metrics import SIGNAL_SCORES  # imports much, and workers load this module
         from pi_finetune.report.runs import read_json_lines
 
         score = self.hparams["select_by"]
-        higher = score in HIGHER_IS_BETTER
+        higher = score in SIGNAL_SCORES
         scores = {}
         for rate, cell in cells.items():
             lines = read_json_lines(cell.folder / "valid.jsonl")

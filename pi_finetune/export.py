@@ -22,7 +22,6 @@ from speechbrain.processing.features import ISTFT, STFT
 from torch import nn
 
 from pi_finetune import __version__
-from pi_finetune.brains.enhancement import HIGHER_IS_BETTER
 from pi_finetune.enhancers import (
     SAMPLE_RATE,
     SpeechBrainEnhancer,
@@ -32,6 +31,7 @@ from pi_finetune.enhancers import (
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
 from pi_finetune.inference import find_model
+from pi_finetune.metrics import SIGNAL_SCORES
 from pi_finetune.report.runs import Run, read_json_lines
 from pi_finetune.report.scores import metric_scores, metrics_of
 
@@ -492,7 +492,7 @@ def _best(path, score):
     """The validation whose model was kept."""
     records = read_json_lines(path) if path.is_file() else []
     records = [r for r in records if isinstance(r.get(score), float | int)]
-    sign = 1 if score in HIGHER_IS_BETTER else -1
+    sign = 1 if score in SIGNAL_SCORES else -1
     return max(records, key=lambda r: (sign * r[score], r["update"]), default=None)
 
 

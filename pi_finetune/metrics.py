@@ -22,6 +22,7 @@ PESQ_SECONDS = 19.0
 #: STOI compares 30 frames of 256 samples, hop 128, at 10 kHz.
 STOI_SECONDS = (29 * 128 + 256) / 10000
 
+#: All of them are better when higher.
 SIGNAL_SCORES = ("pesq", "stoi", "estoi", "si_sdr")
 
 

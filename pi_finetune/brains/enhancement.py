@@ -13,9 +13,6 @@ from pi_finetune.errors import UserError
 from pi_finetune.position import training_scores
 from pi_finetune.seeding import utterance_rng
 
-#: Scores by which the best model can be chosen; the others are better when lower.
-HIGHER_IS_BETTER = ("si_sdr", "pesq", "stoi", "estoi")
-
 
 class EnhancementBrain(UpdateBrain):
     """Fine-tunes ``modules.enhancer`` by ``modules.objective``.
@@ -116,7 +113,7 @@ class EnhancementBrain(UpdateBrain):
     def _summary(self):
         """Means over the utterances that have a score; how many have none is counted."""
         summary = {}
-        for name in ("objective", "si_sdr", "pesq", "stoi", "estoi"):
+        for name in ("objective", *metrics.SIGNAL_SCORES):
             summary[name], missing = metrics.mean_score(score[name] for score in self.scores)
             if missing:
                 summary[f"{name}_missing"] = missing
@@ -129,4 +126,4 @@ class EnhancementBrain(UpdateBrain):
         value = record.get(self.hparams.select_by)
         if value is None or not math.isfinite(value):
             return math.inf
-        return -value if self.hparams.select_by in HIGHER_IS_BETTER else value
+        return -value if self.hparams.select_by in metrics.SIGNAL_SCORES else value

@@ -1,14 +1,21 @@
 """The numbers of a comparison: scores, intervals, differences from a baseline, convergence."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from pi_finetune.errors import UserError
 from pi_finetune.report.runs import UNTRAINED, Run, common_utterances, load_runs, rank
-from pi_finetune.report.scores import Metric, MetricScores, metric_scores, metrics_of, recording
+from pi_finetune.report.scores import (
+    SIGNAL_METRICS,
+    Metric,
+    MetricScores,
+    metric_scores,
+    metrics_of,
+    recording,
+)
 from pi_finetune.report.statistics import (
     Bootstrap,
     Difference,
@@ -25,10 +32,7 @@ FEW_RECORDINGS = 20
 #: Dev scores in which runs may converge, the preferred first.
 DEV_METRICS = (
     Metric("wer", "dev WER (%)", False, 2),
-    Metric("pesq", "dev PESQ", True, 3),
-    Metric("stoi", "dev STOI", True, 4),
-    Metric("estoi", "dev ESTOI", True, 4),
-    Metric("si_sdr", "dev SI-SDR (dB)", True, 2),
+    *(replace(metric, label=f"dev {metric.label}") for metric in SIGNAL_METRICS),
 )
 
 
