@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi_finetune.config import find_hparams
+from pi_finetune.config import check_overrides, find_hparams
 from pi_finetune.errors import UserError
 from pi_finetune.files import PROJECT_ROOT, write_text
 
@@ -185,6 +185,10 @@ class Ablation:
             *((teacher, name) for teacher in self.teachers for name in self.strategies),
         ]
         self.searches = {group: self._search(*group) for group in self.groups}
+        place, seed, rate = self.results, hparams["seeds"][0], hparams["lrs"][0]
+        for group in self.groups:
+            _check_keys(self._training(place, *group, seed, rate))
+        _check_keys(self._evaluation("noisy"))
 
     def cells(self):
         """All cells in the order in which they should run: teacher by teacher, seed by seed."""
@@ -281,6 +285,14 @@ class Ablation:
     def _evaluation(self, run):
         settings = {**self.hparams["evaluate"], "run": run, "results_folder": self.results}
         return ["recipes/evaluate.py", str(find_hparams("evaluate")), *_words(settings)]
+
+
+def _check_keys(command):
+    """A misspelt key is an error before the first cell runs, not in the last."""
+    from speechbrain import parse_arguments  # imports torch, which a worker must not do so early
+
+    path, _, overrides = parse_arguments(command[1:])  # without SpeechBrain's own flags
+    check_overrides(path, overrides)
 
 
 def _mapping(hparams, key):

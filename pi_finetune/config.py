@@ -41,16 +41,7 @@ def load_hparams(path, overrides=None):
     UserError
         A file is missing or is no YAML, a key is unknown, a reference is wrong.
     """
-    tree = _merged_tree(Path(path))
-    if overrides:
-        if isinstance(overrides, str):
-            overrides = ruamel.yaml.YAML().load(overrides)
-        _check_keys(overrides, tree, path)
-        for key, value in overrides.items():
-            if isinstance(value, dict) and isinstance(tree[key], dict):
-                recursive_update(tree[key], value)
-            else:  # a list may become a mapping, a block a word
-                tree[key] = value
+    tree = _overridden_tree(path, overrides)
     try:
         text = _dump(tree)
         # One pass leaves a reference to what is itself a reference further down.
@@ -69,6 +60,25 @@ def load_hparams(path, overrides=None):
     except TypeError as error:
         # HyperPyYAML's "Invalid argument to class X" wraps the constructor's own error.
         raise UserError(f"{path}: {' '.join(str(part) for part in error.args)}") from error
+
+
+def check_overrides(path, overrides):
+    """Raise a UserError, as :func:`load_hparams` would, if the file lacks one of the keys."""
+    _overridden_tree(path, overrides)
+
+
+def _overridden_tree(path, overrides):
+    tree = _merged_tree(Path(path))
+    if isinstance(overrides, str):
+        overrides = ruamel.yaml.YAML().load(overrides)
+    overrides = overrides or {}
+    _check_keys(overrides, tree, path)
+    for key, value in overrides.items():
+        if isinstance(value, dict) and isinstance(tree[key], dict):
+            recursive_update(tree[key], value)
+        else:  # a list may become a mapping, a block a word
+            tree[key] = value
+    return tree
 
 
 def _merged_tree(path, _seen=()):

@@ -2,7 +2,7 @@
 
     python recipes/probe_position.py hparams/probe_position.yaml \\
         --teacher_source openai/whisper-tiny.en --data_folder LibriSpeech --splits "[dev-clean]"
-    python recipes/probe_position.py hparams/probe_position.yaml --diagnostics "[causal]"
+    python recipes/probe_position.py hparams/probe_position.yaml --diagnostics "[gradients, causal]"
 
 JSON lines and a figure per diagnostic go to OUTPUT_FOLDER/position, where recipes/compare.py
 finds them for its report. docs/position.md says what the numbers mean.
@@ -23,10 +23,11 @@ from pi_finetune import position
 from pi_finetune.config import load_hparams
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import UserError, command
+from pi_finetune.gradients import batch_gradients, gradient_agreement
 from pi_finetune.report.position import summary_rows, write_figures
 from pi_finetune.report.tables import markdown
 
-DIAGNOSTICS = ("shift", "similarity", "probe", "share", "causal")
+DIAGNOSTICS = ("shift", "similarity", "probe", "share", "gradients", "causal")
 
 
 @command
@@ -48,7 +49,7 @@ def main(argv):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "hyperparams.yaml").write_text(resolved)
 
-    if set(wanted) - {"causal"}:
+    if set(wanted) - {"gradients", "causal"}:
         crops = position.load_crops(
             hparams["data_folder"],
             hparams["splits"],
@@ -80,6 +81,8 @@ def main(argv):
                 teacher, objectives, crops, *move, seed=seed, **common
             )
             write(folder / "share.jsonl", shares)
+        elif name == "gradients":
+            write(folder / "gradients.jsonl", gradients(hparams, device))
         else:
             write(folder / "causal.jsonl", causal(hparams, folder / "causal", device))
 
@@ -90,9 +93,33 @@ def main(argv):
         print(path)
 
 
+def gradients(hparams, device):
+    """The agreement of the objectives' gradients at the enhancer that training starts from."""
+    batches = hparams["gradient_batches"]
+    if batches < 3:
+        raise UserError(f"gradient_batches: needed are 3 or more, got {batches}.")
+    # What else a training file declares is not needed here.
+    settings = {**hparams["training"], "asr_source": None, "select_by": "objective"}
+    settings |= dict.fromkeys(("valid_data", "checkpointer", "train_loggers"))
+    found = {}
+    for name in hparams["gradient_objectives"]:
+        path = position.strategy_file(name)
+        loaded, _ = load_hparams(path, settings)
+        found[path.stem] = batch_gradients(
+            loaded["objective"],
+            loaded["enhancer"],
+            loaded["train_data"],
+            batches,
+            loaded["batch_size"],
+            loaded["seed"],
+            device,
+        )
+    return gradient_agreement(found, hparams["seed"])
+
+
 def causal(hparams, folder, device):
     """Train every arm by train.py and compare its objective on dev mixtures before and after."""
-    settings = {**hparams["causal"], "results_folder": str(folder), "asr_source": None}
+    settings = {**hparams["training"], "results_folder": str(folder), "asr_source": None}
     # One validation, at the end: the model that is kept is the last one, chosen by nothing.
     settings |= {"select_by": "objective", "valid_every": settings["updates"]}
     folder.mkdir(parents=True, exist_ok=True)

@@ -90,6 +90,9 @@ def test_a_variant_of_a_strategy_has_a_name_of_its_own(tmp_path):
         ({"controls": ["mse"]}, "mse: both in strategies and in controls"),
         ({"teachers": {"search": {}}}, "'search' is the name of a folder"),
         ({"search_updates": 70}, "search_updates: must be a multiple of valid_every"),
+        ({"strategies": {"mse": {"gama": 1.0}}}, r"--gama: .*mse\.yaml has no such key"),
+        ({"teachers": {"a": {"teacher": "x", "layers": 3}}}, "--layers: .* has no such key"),
+        ({"evaluate": {"test_split": "a"}}, "no such key. Did you mean --test_splits?"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, overrides, message):
@@ -277,6 +280,15 @@ def test_the_demo_runs_every_strategy_that_has_a_teacher(tmp_path):
     strategies = set(STRATEGIES) - {"si_sdr", "l1_stft", "pretrain_enhancer"}
     expected = {f"hubert/{name}/1234" for name in strategies}
     assert folders == expected | {"controls/si_sdr/1234", "noisy/0", "pretrained/0"}
+
+
+@pytest.mark.parametrize(
+    "path", (HPARAMS.parent / "recipes").glob("*/*.yaml"), ids=lambda p: p.stem
+)
+def test_the_ablations_of_the_recipes_can_begin(path, tmp_path):
+    settings, _ = load_hparams(path, {"results_folder": str(tmp_path)})
+    seeds = settings["seeds"]
+    assert len(Ablation(settings).cells()) > 2 + len(seeds)
 
 
 def test_the_ablation_of_the_evidence_has_every_strategy_teacher_and_seed(tmp_path):

@@ -427,7 +427,11 @@ def probe(corpus, noises, tiny_teacher, tmp_path):
         f"extends: {ROOT}/hparams/mse.yaml\nstrategy: small_mse\n"
         f"enhancer: !include:{quote(str(tmp_path))}/pre/block.yaml\nvalid_max_seconds: 5\n"
     )
-    causal = {
+    (tmp_path / "small_si_sdr.yaml").write_text(
+        f"extends: {tmp_path}/small_mse.yaml\nteacher: null\nrepresentation_weight: 0\n"
+        "signal_weight: 1\n"
+    )
+    training = {
         "noise_folder": str(noises),
         "enhancer_weights": str(tmp_path / "pre"),
         "updates": 2,
@@ -447,7 +451,9 @@ def probe(corpus, noises, tiny_teacher, tmp_path):
         "objectives": "[mse, zero_pad, soft_dtw]",
         "output_folder": tmp_path / "out",
         "causal_objectives": f"[{tmp_path}/small_mse.yaml]",
-        "causal": json.dumps(causal),
+        "gradient_objectives": f"[{tmp_path}/small_mse.yaml, {tmp_path}/small_si_sdr.yaml]",
+        "gradient_batches": 3,
+        "training": json.dumps(training),
     }
 
     def run(**changes):
@@ -502,16 +508,28 @@ def test_the_causal_test_trains_every_arm_and_compares_before_and_after(probe):
     assert (folder / "causal.png").is_file() and not (folder / "shift.jsonl").exists()
 
 
+def test_the_gradients_of_objectives_are_compared(probe):
+    folder = probe(diagnostics="[gradients]")
+    found = lines(folder / "gradients.jsonl")
+    assert [(r["objective"], r["other"]) for r in found] == [
+        ("small_mse", "small_mse"), ("small_mse", "small_si_sdr"), ("small_si_sdr", "small_si_sdr")
+    ]  # fmt: skip
+    assert all(0 <= r["signal"] <= 1 and r["batches"] == 3 for r in found)
+    assert (folder / "gradients.png").is_file()
+    assert "Agreement of gradients" in report.position_section(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"gradient_batches": 2, "diagnostics": "[gradients]"}, "gradient_batches: needed are 3"),
         ({"layers": "[7]"}, "layers: the teacher has 2 layers, asked for layer 7"),
         ({"segment_seconds": 30}, "needed are 12. Lower segment_seconds"),
         ({"diagnostics": "[shifts]"}, "diagnostics: no 'shifts'; choose from shift,"),
         ({"objectives": "[si_sdr]"}, "compares no representations"),
         ({"far_seconds": 3}, "far_seconds: 3 s are not within the crops"),
         ({"data_folder": "/nowhere"}, "/nowhere is no folder"),
-        ({"diagnostics": "[causal]", "causal": "{updatez: 1}"}, "Did you mean --updates?"),
+        ({"diagnostics": "[causal]", "training": "{updatez: 1}"}, "Did you mean --updates?"),
     ],
 )
 def test_bad_input_is_one_clear_error(probe, capsys, changes, message):

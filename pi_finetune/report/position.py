@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -57,6 +58,13 @@ DIAGNOSTICS = {
         "position, over the fall when the right content takes its place. Bars: 95 % bootstrap "
         "intervals over pairs of utterances.",
     ),
+    "gradients": (
+        "Agreement of gradients",
+        "Cosine between the expected gradients of two objectives with respect to the enhancer, "
+        "where training starts. 1: both pull it the same way; 0: at right angles. In the table: "
+        "95 % bootstrap intervals over batches, and the part of one batch's squared gradient that "
+        "is signal.",
+    ),
     "causal": (
         "Training without content",
         "Relative fall of the objective on held-out mixtures after equally long training with "
@@ -84,6 +92,7 @@ def write_figures(folder):
         "similarity": _draw_similarity,
         "probe": _draw_probe,
         "share": _draw_share,
+        "gradients": _draw_gradients,
         "causal": _draw_causal,
     }
     written = []
@@ -184,6 +193,24 @@ def _dodged(axes, records, group, place, value):
 def _draw_share(axes, records):
     _dodged(axes, records, "objective", "layer", "share")
     axes.set(xlabel="layer", ylabel="share that is position")
+
+
+def _draw_gradients(axes, records):
+    names = list(dict.fromkeys(record["objective"] for record in records))
+    cosines = np.full((len(names), len(names)), np.nan)
+    for record, cosine in zip(records, _column(records, "cosine"), strict=True):
+        i, j = names.index(record["objective"]), names.index(record["other"])
+        cosines[i, j] = cosines[j, i] = cosine
+    axes.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
+    for (i, j), cosine in np.ndenumerate(cosines):
+        text = "" if np.isnan(cosine) else tables.number(cosine, 2)
+        colour = "white" if abs(cosine) > 0.6 else "black"
+        axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
+    labels = [name.replace("_", " ") for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=35, ha="right")
+    axes.set_yticks(range(len(names)), labels)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
 
 
 def _draw_causal(axes, records):

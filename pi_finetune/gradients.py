@@ -1,0 +1,144 @@
+"""Whether two objectives pull an enhancer in the same direction: their expected gradients compared.
+
+Training follows the gradient that an objective has on average over mixtures. If those of two
+strategies point the same way, their trainings can differ in little but noise.
+"""
+
+import copy
+import math
+import warnings
+
+import numpy as np
+import torch
+from scipy import stats
+from speechbrain.dataio.batch import PaddedBatch
+
+from pi_finetune.data.loading import UpdateSampler, sample_lengths
+from pi_finetune.seeding import utterance_rng
+
+
+def batch_gradients(objective, enhancer, pairs, batches=32, batch_size=4, seed=0, device="cpu"):
+    """An objective's gradient with respect to the enhancer's parameters, batch by batch.
+
+    The batches are the first of a training with this seed: the same crops, mixtures and
+    perturbations. The enhancer is not changed.
+
+    Arguments
+    ---------
+    objective : torch.nn.Module
+        ``objective(enhanced [B, T], clean [B, T], lengths [B], rngs) -> [B]``.
+    enhancer : torch.nn.Module
+    pairs : pi_finetune.data.loading.SpeechPairs
+        Of training.
+    batches, batch_size, seed
+        J, B and the seed of the training. Defaults: 32, 4, 0.
+    device : str
+        Default: cpu.
+
+    Returns
+    -------
+    torch.Tensor
+        [J, P] in float32 on the CPU; P is the number of trainable parameters.
+    """
+    objective = objective.to(device).train()
+    enhancer = copy.deepcopy(enhancer).to(device).train()
+    parameters = [p for p in enhancer.parameters() if p.requires_grad]
+    sampler = UpdateSampler(len(pairs), batches * batch_size, seed)
+    loader = torch.utils.data.DataLoader(pairs, batch_size, sampler=sampler, collate_fn=PaddedBatch)
+    gradients = []
+    for batch in loader:
+        batch = batch.to(device)
+        lengths = sample_lengths(batch.noisy)
+        rngs = [
+            utterance_rng(seed, data_pass, utterance, "perturbation")
+            for utterance, data_pass in zip(batch.id, batch.data_pass.tolist())
+        ]
+        enhanced = enhancer(batch.noisy.data, lengths)
+        loss = objective(enhanced, batch.clean.data, lengths, rngs).mean()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        flat = [
+            torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)
+        ]
+        gradients.append(torch.cat([g.flatten() for g in flat]).float().cpu())
+    return torch.stack(gradients)
+
+
+def gradient_agreement(gradients, seed=0, confidence=0.95, replicates=9999):
+    """Cosine of the angle between the expected gradients of every two objectives.
+
+    The inner product of two expectations is estimated without bias by the mean of g_a,i · g_b,j
+    over *different* batches i != j, so the noise of single batches, which objectives on the same
+    batches share, does not count (a U-statistic: Hoeffding, Ann. Math. Stat. 1948). The cosine is
+    that of a and b over the root of those of a and a, and of b and b. 1: the same direction; 0: at
+    right angles. As the ratio of estimates it may exceed 1 by chance.
+
+    Arguments
+    ---------
+    gradients : dict
+        ``{objective: [J, P]}``, from :func:`batch_gradients` with equal batches; J >= 3.
+    seed, confidence, replicates
+        Of the percentile bootstrap over batches.
+
+    Returns
+    -------
+    list of dict
+        For every pair, an objective with itself included: ``objective, other, cosine, low, high,
+        signal, batches``. ``signal`` is that of ``objective``: |E g|^2 / E |g|^2, the part of one
+        batch's squared gradient that all batches have in common. None stands where noise leaves
+        nothing to be estimated.
+    """
+    names = list(gradients)
+    batches = {len(g) for g in gradients.values()}
+    if len(batches) != 1 or min(batches) < 3:
+        raise ValueError(f"gradients: need equally many batches, 3 or more; got {sorted(batches)}.")
+    (batches,) = batches
+    stacked = torch.stack([gradients[name].double() for name in names])  # [O, J, P]
+    gram = torch.einsum("aip,bjp->abij", stacked, stacked).numpy()
+
+    def inner(weights):
+        """[O, O] from the weights [J] of batches."""
+        both = np.einsum("i,abij,j->ab", weights, gram, weights)
+        same = np.einsum("i,abii->ab", weights**2, gram)
+        with np.errstate(divide="ignore", invalid="ignore"):  # a draw of one batch only: NaN
+            return (both - same) / (weights.sum() ** 2 - (weights**2).sum())
+
+    def cosines(products):
+        lengths = np.sqrt(np.where(np.diag(products) > 0, np.diag(products), np.nan))
+        return products / np.outer(lengths, lengths)
+
+    def resampled(index):
+        return cosines(inner(np.bincount(index, minlength=batches).astype(np.float64)))
+
+    whole = inner(np.ones(batches))
+    estimate = cosines(whole)
+    signal = np.diag(whole) / np.einsum("aaii->a", gram) * batches
+    with warnings.catch_warnings():  # where there is only noise, there is no interval
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        drawn = stats.bootstrap(
+            (np.arange(batches),),
+            resampled,
+            vectorized=False,
+            n_resamples=replicates,
+            confidence_level=confidence,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    return [
+        {
+            "objective": name,
+            "other": other,
+            "cosine": _number(estimate[a, b]),
+            "low": _number(drawn.low[a, b]),
+            "high": _number(drawn.high[a, b]),
+            "signal": _number(max(signal[a], 0.0)),
+            "batches": batches,
+        }
+        for a, name in enumerate(names)
+        for b, other in enumerate(names)
+        if a <= b
+    ]
+
+
+def _number(value):
+    value = float(value)
+    return value if math.isfinite(value) else None
