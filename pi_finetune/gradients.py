@@ -17,7 +17,9 @@ from pi_finetune.data.loading import UpdateSampler, sample_lengths
 from pi_finetune.seeding import utterance_rng
 
 
-def batch_gradients(objective, enhancer, pairs, batches=32, batch_size=4, seed=0, device="cpu"):
+def batch_gradients(
+    objective, enhancer, pairs, batches=64, batch_size=4, seed=0, max_norm=math.inf, device="cpu"
+):
     """An objective's gradient with respect to the enhancer's parameters, batch by batch.
 
     The batches are the first of a training with this seed: the same crops, mixtures and
@@ -31,7 +33,10 @@ def batch_gradients(objective, enhancer, pairs, batches=32, batch_size=4, seed=0
     pairs : pi_finetune.data.loading.SpeechPairs
         Of training.
     batches, batch_size, seed
-        J, B and the seed of the training. Defaults: 32, 4, 0.
+        J, B and the seed of the training. Defaults: 64, 4, 0.
+    max_norm : float
+        Longer gradients are shortened to it, as training does (``max_grad_norm``); else a few
+        batches may outweigh all others. Default: no limit.
     device : str
         Default: cpu.
 
@@ -59,7 +64,8 @@ def batch_gradients(objective, enhancer, pairs, batches=32, batch_size=4, seed=0
         flat = [
             torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)
         ]
-        gradients.append(torch.cat([g.flatten() for g in flat]).float().cpu())
+        flat = torch.cat([g.flatten() for g in flat]).float()
+        gradients.append((flat * (max_norm / flat.norm()).clamp(max=1.0)).cpu())
     return torch.stack(gradients)
 
 

@@ -112,6 +112,7 @@ def gradients(hparams, device):
             batches,
             loaded["batch_size"],
             loaded["seed"],
+            loaded["max_grad_norm"],
             device,
         )
     return gradient_agreement(found, hparams["seed"])

@@ -1,0 +1,161 @@
+"""Compute the tables and the figure of docs/evidence.md from the scores in docs/evidence.
+
+    python docs/make_evidence.py
+
+In the page a comment says what the table under it is, and this script writes the table anew:
+
+    <!-- summary mse: noisy pretrained controls whisper -->
+
+Kinds: summary, differences, convergence (with a baseline, and folders of docs/evidence or runs in
+them), gradients (a file of it), causal (files of it), learning_rates.
+"""
+
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from pi_finetune.files import replacing, write_text
+from pi_finetune.report.comparison import compare_runs
+from pi_finetune.report.runs import read_json_lines
+from pi_finetune.report.tables import (
+    convergence_table,
+    difference_table,
+    markdown,
+    number,
+    summary_table,
+)
+
+DOCS = Path(__file__).resolve().parent
+SCORES = DOCS / "evidence"
+STYLE = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+_TABLE = re.compile(r"(<!-- (\w+)(?: (\S+))?(?:: ([^>]*))? -->\n\n)((?:\|.*\n)*)")
+
+
+def main():
+    """Write docs/evidence.md and docs/evidence/differences.png anew."""
+    page = DOCS / "evidence.md"
+    write_text(page, with_tables(page.read_text()))
+    draw_differences(SCORES / "differences.png")
+
+
+def with_tables(text):
+    """The page's text with every table computed."""
+    return _TABLE.sub(lambda found: found[1] + table(found[2], found[3], found[4] or ""), text)
+
+
+def table(kind, baseline, places):
+    """One table in Markdown."""
+    if kind == "learning_rates":
+        return _narrow(markdown(*learning_rates()))
+    if kind in ("causal", "gradients"):
+        return _narrow(markdown(*globals()[kind](*places.split())))
+    comparison = compared(baseline, tuple(places.split()))
+    if kind == "summary":
+        return _narrow(summary_table(comparison, markdown))
+    if kind == "convergence":
+        return _narrow(convergence_table(comparison, markdown))
+    if kind == "differences":  # of WER; the signal metrics' are in compare.py's own output
+        lines = difference_table(comparison, markdown).splitlines(keepends=True)
+        return _narrow("".join([*lines[:2], *(row for row in lines[2:] if "WER" in row)]))
+    raise ValueError(f"docs/evidence.md: a table of the kind {kind!r} is not known.")
+
+
+@functools.cache
+def compared(baseline, places):
+    """The comparison of folders of docs/evidence."""
+    return compare_runs([SCORES / place for place in places], baseline=baseline)
+
+
+def learning_rates():
+    """Header and rows: what the searches found."""
+    found = json.loads((SCORES / "learning_rates.json").read_text())
+    rates = list(next(iter(found.values()))["dev_wer"])
+    return ["", *(f"{float(rate):g}" for rate in rates), "chosen"], [
+        [name, *(number(each["dev_wer"][rate], 2) for rate in rates), f"{each['lr']:g}"]
+        for name, each in found.items()
+    ]
+
+
+def causal(*names):
+    """Header and rows: relative fall of each objective in percent, by targets."""
+    rows = {}
+    for name in names:
+        for record in read_json_lines(SCORES / name):
+            fall, low, high = (100 * record[key] for key in ("relative_fall", "low", "high"))
+            cell = f"{number(fall, 1)} [{number(low, 1)}, {number(high, 1)}]"
+            layer = "1" if "layer_1" in name else "last"
+            rows.setdefault((record["objective"], layer), []).append(cell)
+    header = ["objective", "layer", "own targets", "mismatched", "mismatched, moved"]
+    return header, [[*key, *cells] for key, cells in rows.items()]
+
+
+def gradients(name):
+    """Header and rows: cosines between expected gradients, and how much of a batch is signal."""
+    records = read_json_lines(SCORES / name)
+    names = list(dict.fromkeys(record["objective"] for record in records))
+    cells, signal = {}, {}
+    for record in records:
+        text = number(record["cosine"], 2)
+        if record["low"] is not None and record["objective"] != record["other"]:
+            text += f" [{number(record['low'], 2)}, {number(record['high'], 2)}]"
+        cells[record["objective"], record["other"]] = text
+        cells[record["other"], record["objective"]] = text
+        signal[record["objective"]] = number(record["signal"], 2)
+    shown = [other for other in ("mse", "si_sdr") if other in names]
+    header = ["", *(f"cosine with {other}" for other in shown), "signal"]
+    return header, [[row, *(cells[row, other] for other in shown), signal[row]] for row in names]
+
+
+def draw_differences(path):
+    """WER differences from mse with their intervals: a panel for every such table of the page."""
+    calls = [found.groups()[1:4] for found in _TABLE.finditer((DOCS / "evidence.md").read_text())]
+    places = [
+        places.split() for kind, base, places in calls if (kind, base) == ("differences", "mse")
+    ]
+    comparisons = {names[-1]: compared("mse", tuple(names)) for names in places}
+    with matplotlib.rc_context(STYLE):
+        heights = [len(each.summary["wer"]) for each in comparisons.values()]
+        figure = Figure(figsize=(6.4, 0.6 + 0.24 * sum(heights)), layout="constrained")
+        rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
+        for axes, (name, comparison) in zip(rows[:, 0], comparisons.items(), strict=True):
+            draw_panel(axes, comparison)
+            axes.set_title(name, fontsize=9, loc="left")
+        axes.set_xlabel("WER − WER of mse (points): below 0 is better")
+        figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside upper right")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+
+
+def draw_panel(axes, comparison):
+    """One comparison: a line per system, a mark per recogniser."""
+    wers = [metric for metric in comparison.metrics if metric.name.startswith("wer")]
+    systems = [name for name in comparison.systems if name != "mse"]
+    for i, (metric, colour, marker) in enumerate(zip(wers, ("#0072b2", "#d55e00"), "os")):
+        for row, name in enumerate(systems):
+            found = comparison.summary[metric.name][name].difference
+            y = row + 0.24 * (i - 0.5)
+            axes.plot([found.low, found.high], [y, y], color=colour, linewidth=1.6)
+            label = metric.recognizer if row == 0 else None
+            axes.plot(found.estimate, y, marker, color=colour, markersize=4, label=label)
+    axes.axvline(0, color="#555555", linewidth=0.8)
+    axes.set_yticks(range(len(systems)), systems)
+    axes.invert_yaxis()
+
+
+def _narrow(text):
+    """Without the padding that aligns a table's source, so that a new digit is a small change."""
+    return re.sub(r" {2,}", " ", re.sub(r"-{4,}", "---", text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
