@@ -43,7 +43,8 @@ def batch_gradients(
     Returns
     -------
     torch.Tensor
-        [J, P] in float32 on the CPU; P is the number of trainable parameters.
+        [J, P] in float32 on the CPU; P is the number of trainable parameters. With 64 batches
+        that is 256 MB for a million parameters.
     """
     objective = objective.to(device).train()
     enhancer = copy.deepcopy(enhancer).to(device).train()
