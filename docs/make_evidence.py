@@ -87,15 +87,18 @@ def learning_rates():
 
 
 def causal(*names):
-    """Header and rows: relative fall of each objective in percent, by targets."""
+    """Header and rows: falls of each objective, and in percent of that with matched targets."""
     rows = {}
     for name in names:
         for record in read_json_lines(SCORES / name):
-            fall, low, high = (100 * record[key] for key in ("relative_fall", "low", "high"))
-            cell = f"{number(fall, 1)} [{number(low, 1)}, {number(high, 1)}]"
             layer = "1" if "layer_1" in name else "last"
-            rows.setdefault((record["objective"], layer), []).append(cell)
-    header = ["objective", "layer", "own targets", "mismatched", "mismatched, moved"]
+            cells = rows.setdefault((record["objective"], layer), [])
+            if record["targets"] == "matched":
+                cells.append(f"{number(record['before'], 3)} → {number(record['after'], 3)}")
+            else:
+                share, low, high = (100 * record[key] for key in ("of_matched", "low", "high"))
+                cells.append(f"{number(share, 0)} % [{number(low, 0)}, {number(high, 0)}]")
+    header = ["objective", "layer", "own targets", "mismatched", "mismatched, moved", "position"]
     return header, [[*key, *cells] for key, cells in rows.items()]
 
 

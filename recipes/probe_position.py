@@ -126,6 +126,7 @@ def causal(hparams, folder, device):
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for name in hparams["causal_objectives"]:
+        losses = {}
         for targets in position.TARGETS:
             text = position.causal_yaml(name, targets, hparams["causal_offset_seconds"])
             path = folder / f"{position.strategy_file(name).stem}-{targets}.yaml"
@@ -141,21 +142,12 @@ def causal(hparams, folder, device):
             after = position.held_out_losses(
                 arm["objective"], load_enhancer(arm["output_folder"]), **held_out
             )
-            fall = position.relative_fall(before, after, hparams["seed"])
-            records.append(
-                {
-                    "objective": position.strategy_file(name).stem,
-                    "targets": targets,
-                    "before": float(before.mean()),
-                    "after": float(after.mean()),
-                    "relative_fall": fall.estimate,
-                    "low": fall.low,
-                    "high": fall.high,
-                    "updates": settings["updates"],
-                    "utterances": len(before),
-                }
-            )
-            write(folder.parent / "causal.jsonl", records)
+            losses[targets] = before, after
+        stem = position.strategy_file(name).stem
+        common = {"objective": stem, "updates": settings["updates"]}
+        falls = position.falls_of_matched(losses, hparams["seed"])
+        records += [{**common, **record} for record in falls]
+        write(folder.parent / "causal.jsonl", records)
     return records
 
 

@@ -493,14 +493,34 @@ def test_the_recipe_writes_lines_figures_and_a_section(probe, capsys):
     assert first == {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
 
 
+def test_falls_are_compared_on_one_scale():
+    """The same fall is the same, whether it is from 10 or from 100."""
+    rng = np.random.default_rng(0)
+    own = rng.uniform(1.5, 2.5, 40)
+    before = {"matched": 5.0, "mismatched": 10.0, "mismatched_moved": 100.0}
+    falls = {"matched": own, "mismatched": own / 2, "mismatched_moved": own / 2 - 0.01 * own}
+    losses = {name: (before[name] + 0 * own, before[name] - fall) for name, fall in falls.items()}
+    found = {r["targets"]: r for r in position.falls_of_matched(losses)}
+    assert found["matched"]["of_matched"] == 1.0
+    for name, share in {"mismatched": 0.5, "mismatched_moved": 0.49, "position": 0.01}.items():
+        record = found[name]
+        assert record["of_matched"] == pytest.approx(share)
+        assert record["low"] == pytest.approx(share) == record["high"]  # paired: it never varies
+    assert found["position"]["before"] is None
+    worse = {name: (after, start) for name, (start, after) in losses.items()}
+    assert position.falls_of_matched(worse)[1]["of_matched"] is None
+
+
 def test_the_causal_test_trains_every_arm_and_compares_before_and_after(probe):
     folder = probe(diagnostics="[causal]")
     found = lines(folder / "causal.jsonl")
-    assert [r["targets"] for r in found] == list(position.TARGETS)
+    assert [r["targets"] for r in found] == [*position.TARGETS, "position"]
     for record in found:
         assert record["objective"] == "small_mse" and record["utterances"] == 4
-        fall = (record["before"] - record["after"]) / record["before"]
-        assert record["relative_fall"] == pytest.approx(fall) and fall != 0
+        assert record["fall"] != 0
+    for record in found[:3]:
+        assert record["fall"] == pytest.approx(record["before"] - record["after"])
+    assert found[3]["fall"] == pytest.approx(found[1]["fall"] - found[2]["fall"])
     assert found[0]["before"] != found[1]["before"] != found[2]["before"]
     run = folder / "causal" / "small_mse-mismatched" / "1234"
     validated = lines(run / "valid.jsonl")[-1]["objective"]
