@@ -38,7 +38,7 @@ STYLE = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-_TABLE = re.compile(r"(<!-- (\w+)(?: (\S+))?(?:: ([^>]*))? -->\n\n)((?:\|.*\n)*)")
+TABLE = re.compile(r"(<!-- (\w+)(?: (\S+))?(?:: ([^>]*))? -->\n\n)((?:\|.*\n)*)")
 
 
 def main():
@@ -50,15 +50,17 @@ def main():
 
 def with_tables(text):
     """The page's text with every table computed."""
-    return _TABLE.sub(lambda found: found[1] + table(found[2], found[3], found[4] or ""), text)
+    return TABLE.sub(lambda found: found[1] + table(found[2], found[3], found[4] or ""), text)
 
 
 def table(kind, baseline, places):
     """One table in Markdown."""
     if kind == "learning_rates":
         return _narrow(markdown(*learning_rates()))
-    if kind in ("causal", "gradients"):
-        return _narrow(markdown(*globals()[kind](*places.split())))
+    if kind == "causal":
+        return _narrow(markdown(*causal(*places.split())))
+    if kind == "gradients":
+        return _narrow(markdown(*gradients(places)))
     comparison = compared(baseline, tuple(places.split()))
     if kind == "summary":
         return _narrow(summary_table(comparison, markdown))
@@ -121,7 +123,7 @@ def gradients(name):
 
 def draw_differences(path):
     """WER differences from mse with their intervals: a panel for every such table of the page."""
-    calls = [found.groups()[1:4] for found in _TABLE.finditer((DOCS / "evidence.md").read_text())]
+    calls = [found.groups()[1:4] for found in TABLE.finditer((DOCS / "evidence.md").read_text())]
     places = [
         places.split() for kind, base, places in calls if (kind, base) == ("differences", "mse")
     ]
@@ -133,6 +135,7 @@ def draw_differences(path):
         for axes, (name, comparison) in zip(rows[:, 0], comparisons.items(), strict=True):
             draw_panel(axes, comparison)
             axes.set_title(name, fontsize=9, loc="left")
+        axes.set_xlim(-10, 10)  # some controls' intervals are longer
         axes.set_xlabel("WER − WER of mse (points): below 0 is better")
         figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside upper right")
         with replacing(path) as temporary:

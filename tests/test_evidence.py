@@ -35,13 +35,13 @@ def test_every_table_is_computed(evidence):
 
 def test_intervals_in_the_text_stand_in_a_table(evidence):
     """In one of this page, in one with another baseline, or in those of position.md."""
-    computed = "".join(found[5] for found in evidence._TABLE.finditer(PAGE))
+    computed = "".join(found[5] for found in evidence.TABLE.finditer(PAGE))
     known = set(INTERVAL.findall(computed + (DOCS / "position.md").read_text()))
-    for _, kind, _, places, _ in {found.groups() for found in evidence._TABLE.finditer(PAGE)}:
+    for _, kind, _, places, _ in {found.groups() for found in evidence.TABLE.finditer(PAGE)}:
         if kind == "differences":
             for baseline in ("soft_dtw", "pretrained", "noisy"):
                 known |= set(INTERVAL.findall(evidence.table(kind, baseline, places)))
-    text = evidence._TABLE.sub("", PAGE)
+    text = evidence.TABLE.sub("", PAGE)
     assert len(INTERVAL.findall(text)) > 5
     assert not set(INTERVAL.findall(text)) - known
 

@@ -267,6 +267,7 @@ def number(value, digits):
     """A number with a proper minus sign, or "–"."""
     if value is None or not math.isfinite(value):
         return MISSING
+    value = round(value, digits) + 0.0  # what rounds to zero has no sign
     return f"{value:.{digits}f}".replace("-", "−")
 
 
