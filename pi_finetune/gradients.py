@@ -90,9 +90,9 @@ def gradient_agreement(gradients, seed=0, confidence=0.95, replicates=9999):
     -------
     list of dict
         For every pair, an objective with itself included: ``objective, other, cosine, low, high,
-        signal, batches``. ``signal`` is that of ``objective``: |E g|^2 / E |g|^2, the part of one
-        batch's squared gradient that all batches have in common. None stands where noise leaves
-        nothing to be estimated.
+        signal, batches``. ``signal`` is that of ``objective``, ``|E g|^2 / E |g|^2``: the part of
+        one batch's squared gradient that all batches have in common. None stands where noise
+        leaves nothing to be estimated.
     """
     names = list(gradients)
     batches = {len(g) for g in gradients.values()}
