@@ -1,6 +1,7 @@
-"""Where shipped files are; files that appear whole or not at all."""
+"""Where shipped files are; files that appear whole or not at all; numbers as JSON has them."""
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
@@ -41,3 +42,9 @@ def write_text(path, text):
     """Write ``text`` (UTF-8) to ``path``; see :func:`replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def json_number(value):
+    """A number as JSON has it: a float, or None where it is not finite."""
+    value = float(value)
+    return value if math.isfinite(value) else None

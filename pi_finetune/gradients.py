@@ -14,6 +14,7 @@ from scipy import stats
 from speechbrain.dataio.batch import PaddedBatch
 
 from pi_finetune.data.loading import UpdateSampler, sample_lengths
+from pi_finetune.files import json_number
 from pi_finetune.seeding import utterance_rng
 
 
@@ -134,18 +135,13 @@ def gradient_agreement(gradients, seed=0, confidence=0.95, replicates=9999):
         {
             "objective": name,
             "other": other,
-            "cosine": _number(estimate[a, b]),
-            "low": _number(drawn.low[a, b]),
-            "high": _number(drawn.high[a, b]),
-            "signal": _number(max(signal[a], 0.0)),
+            "cosine": json_number(estimate[a, b]),
+            "low": json_number(drawn.low[a, b]),
+            "high": json_number(drawn.high[a, b]),
+            "signal": json_number(max(signal[a], 0.0)),
             "batches": batches,
         }
         for a, name in enumerate(names)
         for b, other in enumerate(names)
         if a <= b
     ]
-
-
-def _number(value):
-    value = float(value)
-    return value if math.isfinite(value) else None

@@ -34,6 +34,7 @@ from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
 from pi_finetune.data.corpora import prepare_speech
 from pi_finetune.data.loading import choose, sample_lengths
 from pi_finetune.errors import UserError
+from pi_finetune.files import json_number
 from pi_finetune.objectives import RepresentationObjective
 from pi_finetune.perturbations import NoPerturbation, Perturbed
 from pi_finetune.report.statistics import Interval
@@ -301,8 +302,8 @@ def shift_curve(teacher, wavs, shifts=SHIFTS, layers=None, batch_size=8, seed=0)
                 {
                     "layer": layer,
                     "shift": round(shift, 4),
-                    "distance": _number(distance.mean()),
-                    "unrelated": _number(reference.mean()),
+                    "distance": json_number(distance.mean()),
+                    "unrelated": json_number(reference.mean()),
                     **_interval("ratio", found),
                 }
             )
@@ -370,11 +371,11 @@ def content_free_similarity(teacher, wavs, far_seconds=1.5, layers=None, batch_s
         similarity, counts = similarity_by_offset(whole[:, :, i])
         for d, value in enumerate(similarity):
             offset = round(d * teacher.hop / SAMPLE_RATE, 4)
-            values = {"similarity": _number(value), "frame_pairs": int(counts[d])}
+            values = {"similarity": json_number(value), "frame_pairs": int(counts[d])}
             curve.append({"layer": layer, "offset": offset, **values})
         far = np.average(similarity[first_far:], weights=counts[first_far:])
         values = {"equal": similarity[0], "far": far, "difference": similarity[0] - far}
-        headline.append({"layer": layer, **{k: _number(v) for k, v in values.items()}})
+        headline.append({"layer": layer, **{k: json_number(v) for k, v in values.items()}})
     return curve, headline
 
 
@@ -505,10 +506,10 @@ def position_probe(teacher, wavs, layers=None, batch_size=8, seed=0):
                 {
                     "layer": layer,
                     "target": target,
-                    "r2": _number(r2[k]),
-                    "r2_shuffled": _number(r2[k + 2]),
-                    "r2_of_other": _number(of_other),
-                    "penalty": _number(penalties[k]),
+                    "r2": json_number(r2[k]),
+                    "r2_shuffled": json_number(r2[k + 2]),
+                    "r2_of_other": json_number(of_other),
+                    "penalty": json_number(penalties[k]),
                     "train_utterances": len(sizes) - held_out,
                     "held_out_utterances": held_out,
                     "frames": len(index),
@@ -730,7 +731,7 @@ def objective_share(
                 {
                     "objective": name,
                     "layer": layer,
-                    **{key: _number(value.mean()) for key, value in own.items()},
+                    **{key: json_number(value.mean()) for key, value in own.items()},
                     **_interval("share", share_of_fall(**own, seed=seed)),
                     "pairs": pairs,
                 }
@@ -922,9 +923,9 @@ def falls_of_matched(losses, seed=0):
         records.append(
             {
                 "targets": targets,
-                "before": _number(before),
-                "after": _number(after),
-                "fall": _number(fall.mean()),
+                "before": json_number(before),
+                "after": json_number(after),
+                "fall": json_number(fall.mean()),
                 **_interval("of_matched", found),
                 "utterances": len(fall),
             }
@@ -978,9 +979,4 @@ def bootstrap_ratio(numerators, denominators, seed=0, confidence=0.95, replicate
 
 def _interval(name, found):
     values = {name: found.estimate, "low": found.low, "high": found.high}
-    return {key: _number(value) for key, value in values.items()}
-
-
-def _number(value):
-    value = float(value)
-    return value if math.isfinite(value) else None
+    return {key: json_number(value) for key, value in values.items()}
