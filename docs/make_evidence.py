@@ -44,8 +44,9 @@ TABLE = re.compile(r"(<!-- (\w+)(?: (\S+))?(?:: ([^>]*))? -->\n\n)((?:\|.*\n)*)"
 def main():
     """Write docs/evidence.md and docs/evidence/differences.png anew."""
     page = DOCS / "evidence.md"
-    write_text(page, with_tables(page.read_text()))
-    draw_differences(SCORES / "differences.png")
+    text = with_tables(page.read_text())
+    write_text(page, text)
+    draw_differences(text, SCORES / "differences.png")
 
 
 def with_tables(text):
@@ -121,9 +122,9 @@ def gradients(name):
     return header, [[row, *(cells[row, other] for other in shown), signal[row]] for row in names]
 
 
-def draw_differences(path):
+def draw_differences(text, path):
     """WER differences from mse with their intervals: a panel for every such table of the page."""
-    calls = [found.groups()[1:4] for found in TABLE.finditer((DOCS / "evidence.md").read_text())]
+    calls = [found.groups()[1:4] for found in TABLE.finditer(text)]
     places = [
         places.split() for kind, base, places in calls if (kind, base) == ("differences", "mse")
     ]

@@ -15,7 +15,7 @@ from speechbrain.dataio.batch import PaddedBatch
 
 from pi_finetune.data.loading import UpdateSampler, sample_lengths
 from pi_finetune.files import json_number
-from pi_finetune.seeding import utterance_rng
+from pi_finetune.seeding import perturbation_rngs
 
 
 def batch_gradients(
@@ -56,10 +56,7 @@ def batch_gradients(
     for batch in loader:
         batch = batch.to(device)
         lengths = sample_lengths(batch.noisy)
-        rngs = [
-            utterance_rng(seed, data_pass, utterance, "perturbation")
-            for utterance, data_pass in zip(batch.id, batch.data_pass.tolist())
-        ]
+        rngs = perturbation_rngs(seed, batch)
         enhanced = enhancer(batch.noisy.data, lengths)
         loss = objective(enhanced, batch.clean.data, lengths, rngs).mean()
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -100,8 +97,13 @@ def gradient_agreement(gradients, seed=0, confidence=0.95, replicates=9999):
     if len(batches) != 1 or min(batches) < 3:
         raise ValueError(f"gradients: need equally many batches, 3 or more; got {sorted(batches)}.")
     (batches,) = batches
-    stacked = torch.stack([gradients[name].double() for name in names])  # [O, J, P]
-    gram = torch.einsum("aip,bjp->abij", stacked, stacked).numpy()
+    # Two objectives at a time: all of them in float64 would be gigabytes.
+    gram = np.empty((len(names), len(names), batches, batches))
+    for a, name in enumerate(names):
+        own = gradients[name].double()
+        for b, other in enumerate(names[: a + 1]):
+            gram[a, b] = own @ gradients[other].double().T
+            gram[b, a] = gram[a, b].T
 
     def inner(weights):
         """[O, O] from the weights [J] of batches."""

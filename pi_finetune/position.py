@@ -38,7 +38,7 @@ from pi_finetune.files import json_number
 from pi_finetune.objectives import RepresentationObjective
 from pi_finetune.perturbations import NoPerturbation, Perturbed
 from pi_finetune.report.statistics import Interval
-from pi_finetune.seeding import utterance_rng
+from pi_finetune.seeding import perturbation_rngs, utterance_rng
 
 #: Fewer utterances leave too little for the probe's folds or for a bootstrap over pairs.
 MIN_UTTERANCES = 12
@@ -881,7 +881,7 @@ def held_out_losses(objective, enhancer, pairs, batch_size=4, seed=0, device="cp
     for batch in torch.utils.data.DataLoader(pairs, batch_size, collate_fn=PaddedBatch):
         batch = batch.to(device)
         lengths = sample_lengths(batch.noisy)
-        rngs = [utterance_rng(seed, 0, utterance, "perturbation") for utterance in batch.id]
+        rngs = perturbation_rngs(seed, batch)
         enhanced = enhancer(batch.noisy.data, lengths)
         losses.append(objective(enhanced, batch.clean.data, lengths, rngs).cpu())
     return torch.cat(losses).double().numpy()

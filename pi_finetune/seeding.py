@@ -36,3 +36,24 @@ def utterance_rng(seed: int, data_pass: int, utterance: str, purpose: str) -> np
     """
     words = [zlib.crc32(utterance.encode()), zlib.crc32(purpose.encode())]
     return np.random.default_rng([int(seed), int(data_pass), *words])
+
+
+def perturbation_rngs(seed, batch):
+    """The generators with which the utterances of a batch are perturbed.
+
+    Arguments
+    ---------
+    seed : int
+        ``seed`` in training, ``data_seed`` in validation.
+    batch : speechbrain.dataio.batch.PaddedBatch
+        Of :class:`~pi_finetune.data.loading.SpeechPairs`.
+
+    Returns
+    -------
+    list of np.random.Generator
+        [B].
+    """
+    return [
+        utterance_rng(seed, data_pass, utterance, "perturbation")
+        for utterance, data_pass in zip(batch.id, batch.data_pass.tolist())
+    ]

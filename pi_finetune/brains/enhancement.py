@@ -11,7 +11,7 @@ from pi_finetune.distributed import gather_in_turn, rank
 from pi_finetune.enhancers import config_text, save_enhancer
 from pi_finetune.errors import UserError
 from pi_finetune.position import training_scores
-from pi_finetune.seeding import utterance_rng
+from pi_finetune.seeding import perturbation_rngs
 
 
 class EnhancementBrain(UpdateBrain):
@@ -46,10 +46,7 @@ class EnhancementBrain(UpdateBrain):
         enhanced, lengths = predictions
         training = stage == sb.Stage.TRAIN
         seed = self.hparams.seed if training else self.hparams.data_seed
-        rngs = [
-            utterance_rng(seed, data_pass, utterance, "perturbation")
-            for utterance, data_pass in zip(batch.id, batch.data_pass.tolist())
-        ]
+        rngs = perturbation_rngs(seed, batch)
         losses = self.modules.objective(enhanced, batch.clean.data, lengths, rngs)
         if not training:
             self._score(enhanced, batch, lengths, losses)
