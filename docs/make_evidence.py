@@ -20,8 +20,6 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pi_finetune.files import replacing, write_text
-from pi_finetune.report.comparison import compare_runs
-from pi_finetune.report.runs import read_json_lines
 from pi_finetune.report.tables import (
     convergence_table,
     difference_table,
@@ -29,6 +27,8 @@ from pi_finetune.report.tables import (
     number,
     summary_table,
 )
+from pi_finetune.results.comparison import compare_runs
+from pi_finetune.results.runs import read_json_lines
 
 DOCS = Path(__file__).resolve().parent
 SCORES = DOCS / "evidence"

@@ -16,9 +16,9 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from pi_finetune.config import asset_folder
 from pi_finetune.data.audio import SAMPLE_RATE
+from pi_finetune.diagnostics import content_free_similarity, load_crops, shift_curve
 from pi_finetune.objectives import SoftDTWDistance, WarpedMSEDistance
 from pi_finetune.perturbations import SpeedPerturbation, ZeroPadding
-from pi_finetune.position import content_free_similarity, load_crops, shift_curve
 from pi_finetune.seeding import utterance_rng
 from pi_finetune.soft_dtw import alignment, soft_dtw
 from pi_finetune.teacher import Teacher, quiet_transformers

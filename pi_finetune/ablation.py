@@ -211,8 +211,10 @@ class Ablation:
         cells = self.searches[teacher, strategy]
         if not cells:
             return self.hparams["lrs"][0], {}
-        from pi_finetune.metrics import SIGNAL_SCORES  # imports much, and workers load this module
-        from pi_finetune.report.runs import read_json_lines
+        from pi_finetune.results.metrics import (
+            SIGNAL_SCORES,  # imports much, and workers load this module
+        )
+        from pi_finetune.results.runs import read_json_lines
 
         score = self.hparams["select_by"]
         higher = score in SIGNAL_SCORES

@@ -1,6 +1,6 @@
 """Recognisers behind one interface: ``recognizer(wavs [B, T], lengths [B]) -> list[str]``.
 
-Texts are raw; normalising them is the business of :func:`pi_finetune.metrics.recognition_errors`.
+Texts are raw; :func:`pi_finetune.results.metrics.recognition_errors` normalises them.
 The attribute ``unit`` says what a text is made of: ``word``, or ``phoneme`` (separated by blanks).
 What an utterance is batched with does not change its text. An utterance with a
 non-finite sample (a diverged enhancer's) has the text "".

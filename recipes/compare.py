@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from pi_finetune.errors import UserError, command
-from pi_finetune.report.comparison import common_folder, compare_runs
-from pi_finetune.report.statistics import Bootstrap
 from pi_finetune.report.tables import markdown, run_table, summary_table, write_tables
+from pi_finetune.results.comparison import common_folder, compare_runs
+from pi_finetune.results.statistics import Bootstrap
 
 
 @command

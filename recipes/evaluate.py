@@ -17,7 +17,7 @@ from pi_finetune.config import load_hparams
 from pi_finetune.distributed import rank, start_processes
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import command
-from pi_finetune.evaluation import evaluate_system
+from pi_finetune.results.evaluation import evaluate_system
 
 
 @command

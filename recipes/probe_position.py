@@ -19,11 +19,11 @@ import ruamel.yaml
 import speechbrain as sb
 from tqdm import tqdm
 
-from pi_finetune import position
+from pi_finetune import diagnostics
 from pi_finetune.config import load_hparams
+from pi_finetune.diagnostics.gradients import batch_gradients, gradient_agreement
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import UserError, command
-from pi_finetune.gradients import batch_gradients, gradient_agreement
 from pi_finetune.report.position import summary_rows, write_figures
 from pi_finetune.report.tables import markdown
 
@@ -43,14 +43,14 @@ def main(argv):
     device = run_opts.get("device") or "cpu"
     teacher = hparams["teacher"].to(device)
     layers, seed = hparams["layers"], hparams["seed"]
-    position.chosen_layers(teacher, layers)  # a wrong one fails before the first diagnostic
-    objectives = {name: position.load_objective(name, teacher) for name in hparams["objectives"]}
+    diagnostics.chosen_layers(teacher, layers)  # a wrong one fails before the first diagnostic
+    objectives = {name: diagnostics.load_objective(name, teacher) for name in hparams["objectives"]}
     common = {"layers": layers, "batch_size": hparams["batch_size"]}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "hyperparams.yaml").write_text(resolved)
 
     if set(wanted) - {"gradients", "causal"}:
-        crops = position.load_crops(
+        crops = diagnostics.load_crops(
             hparams["data_folder"],
             hparams["splits"],
             hparams["segment_seconds"],
@@ -60,12 +60,12 @@ def main(argv):
         crops = crops._replace(wavs=crops.wavs.to(device))
     for name in tqdm(wanted, desc="diagnostics", disable=run_opts.get("noprogressbar")):
         if name == "shift":
-            curve = position.shift_curve(
+            curve = diagnostics.shift_curve(
                 teacher, crops.wavs, hparams["shifts"], seed=seed, **common
             )
             write(folder / "shift.jsonl", curve)
         elif name == "similarity":
-            curve, headline = position.content_free_similarity(
+            curve, headline = diagnostics.content_free_similarity(
                 teacher, crops.wavs, hparams["far_seconds"], **common
             )
             write(folder / "similarity.jsonl", curve)
@@ -73,11 +73,11 @@ def main(argv):
         elif name == "probe":
             write(
                 folder / "probe.jsonl",
-                position.position_probe(teacher, crops.wavs, seed=seed, **common),
+                diagnostics.position_probe(teacher, crops.wavs, seed=seed, **common),
             )
         elif name == "share":
             move = (hparams["far_seconds"], hparams["moved_by"])
-            shares = position.objective_share(
+            shares = diagnostics.objective_share(
                 teacher, objectives, crops, *move, seed=seed, **common
             )
             write(folder / "share.jsonl", shares)
@@ -103,7 +103,7 @@ def gradients(hparams, device):
     settings |= dict.fromkeys(("valid_data", "checkpointer", "train_loggers"))
     found = {}
     for name in hparams["gradient_objectives"]:
-        path = position.strategy_file(name)
+        path = diagnostics.strategy_file(name)
         loaded, _ = load_hparams(path, settings)
         found[path.stem] = batch_gradients(
             loaded["objective"],
@@ -127,25 +127,25 @@ def causal(hparams, folder, device):
     records = []
     for name in hparams["causal_objectives"]:
         losses = {}
-        for targets in position.TARGETS:
-            text = position.causal_yaml(name, targets, hparams["causal_offset_seconds"])
-            path = folder / f"{position.strategy_file(name).stem}-{targets}.yaml"
+        for targets in diagnostics.TARGETS:
+            text = diagnostics.causal_yaml(name, targets, hparams["causal_offset_seconds"])
+            path = folder / f"{diagnostics.strategy_file(name).stem}-{targets}.yaml"
             path.write_text(text)
             arm, _ = load_hparams(path, {**settings, "train_loggers": []})
             held_out = {"pairs": arm["valid_data"], "batch_size": arm["valid_batch_size"]}
             held_out |= {"seed": arm["data_seed"], "device": device}
-            before = position.held_out_losses(arm["objective"], arm["enhancer"], **held_out)
+            before = diagnostics.held_out_losses(arm["objective"], arm["enhancer"], **held_out)
             arguments = [str(path), "--device", device, "--noprogressbar"]
             for key, value in settings.items():
                 arguments += [f"--{key}", flow(value)]
             train(arguments)
-            after = position.held_out_losses(
+            after = diagnostics.held_out_losses(
                 arm["objective"], load_enhancer(arm["output_folder"]), **held_out
             )
             losses[targets] = before, after
-        stem = position.strategy_file(name).stem
+        stem = diagnostics.strategy_file(name).stem
         common = {"objective": stem, "updates": settings["updates"]}
-        falls = position.falls_of_matched(losses, hparams["seed"])
+        falls = diagnostics.falls_of_matched(losses, hparams["seed"])
         records += [{**common, **record} for record in falls]
         write(folder.parent / "causal.jsonl", records)
     return records

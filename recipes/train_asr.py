@@ -15,7 +15,6 @@ from pathlib import Path
 
 from speechbrain.dataio.batch import PaddedBatch
 
-from pi_finetune import metrics
 from pi_finetune.brains.recognition import (
     RecognitionBrain,
     error_rate,
@@ -25,6 +24,7 @@ from pi_finetune.brains.recognition import (
 from pi_finetune.brains.updates import start_run
 from pi_finetune.errors import command
 from pi_finetune.recognizers import load_recognizer
+from pi_finetune.results import metrics
 
 
 @command

@@ -135,7 +135,7 @@ def train(corpus, noises, tiny_teacher, pretrained, tmp_path):
 @pytest.fixture
 def evaluate(corpus, noises, pretrained, tmp_path, monkeypatch):
     """Run evaluate.py; returns the results folder."""
-    monkeypatch.setattr("pi_finetune.evaluation.load_recognizer", lambda source: Parrot())
+    monkeypatch.setattr("pi_finetune.results.evaluation.load_recognizer", lambda source: Parrot())
 
     def run(systems, **changes):
         settings = {

@@ -434,7 +434,7 @@ class TestSpeechBrain:
         def offline(*args, **kwargs):
             raise OSError("We couldn't connect to the hub")
 
-        monkeypatch.setattr(enhancers, "fetch", offline)
+        monkeypatch.setattr(enhancers.speechbrain, "fetch", offline)
         with pytest.raises(UserError, match=r"some/model.*connect to the hub.*local folder"):
             SpeechBrainEnhancer("some/model")
 
@@ -508,7 +508,7 @@ def test_failed_save_keeps_the_old_model(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(enhancers, "save_file", broken)
+    monkeypatch.setattr(enhancers.saving, "save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         save_enhancer(tmp_path, build("mask", seed=1))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

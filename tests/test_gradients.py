@@ -6,8 +6,8 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch
 
 from pi_finetune.data.loading import UpdateSampler, load_pairs
+from pi_finetune.diagnostics.gradients import batch_gradients, gradient_agreement
 from pi_finetune.enhancers import MaskEnhancer
-from pi_finetune.gradients import batch_gradients, gradient_agreement
 from pi_finetune.objectives import L1STFTLoss, SISDRLoss
 
 

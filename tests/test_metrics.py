@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi_finetune import metrics
+from pi_finetune.results import metrics
 
 RATE = metrics.SAMPLE_RATE
 
@@ -115,7 +115,7 @@ def test_estoi_neither_uses_nor_moves_the_global_generator(speech):
 def test_pesq_survives_more_utterances_than_its_buffers_hold():
     # 120 half-second bursts: given to PESQ at once they overwrite its memory and end the process.
     code = (
-        "import numpy as np; from pi_finetune.metrics import pesq_wb\n"
+        "import numpy as np; from pi_finetune.results.metrics import pesq_wb\n"
         "t = np.arange(60 * 16000); x = np.random.default_rng(0).standard_normal(t.size)\n"
         "x = 0.1 * x * (t % 8000 < 4000)\n"
         "print(pesq_wb(x, x))"

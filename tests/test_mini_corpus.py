@@ -16,7 +16,7 @@ from pi_finetune.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "assets" / "mini"
-sys.path.insert(0, str(ROOT / "recipes" / "Mini"))
+sys.path.insert(0, str(ROOT / "tools" / "mini"))
 
 import grammar  # noqa: E402
 import noises  # noqa: E402

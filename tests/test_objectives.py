@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi_finetune.metrics import si_sdr
 from pi_finetune.objectives import (
     L1STFTLoss,
     MSEDistance,
@@ -17,6 +16,7 @@ from pi_finetune.objectives import (
     WeightedSum,
 )
 from pi_finetune.perturbations import SpeedPerturbation, ZeroPadding
+from pi_finetune.results.metrics import si_sdr
 from pi_finetune.seeding import utterance_rng
 from pi_finetune.teacher import Teacher
 

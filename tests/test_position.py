@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pi_finetune import position
+from pi_finetune import diagnostics
 from pi_finetune.enhancers import MaskEnhancer, save_enhancer
 from pi_finetune.errors import UserError
 from pi_finetune.objectives import (
@@ -21,6 +21,7 @@ from pi_finetune.objectives import (
 )
 from pi_finetune.perturbations import SpeedPerturbation, ZeroPadding
 from pi_finetune.report import position as report
+from pi_finetune.results import statistics
 from pi_finetune.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,7 @@ class KnownTeacher:
 @pytest.fixture(scope="module")
 def crops():
     wavs = torch.randn(UTTERANCES, FRAMES * HOP, generator=torch.Generator().manual_seed(0))
-    return position.Crops([f"u{i}" for i in range(UTTERANCES)], wavs)
+    return diagnostics.Crops([f"u{i}" for i in range(UTTERANCES)], wavs)
 
 
 def by(records, **wanted):
@@ -71,7 +72,7 @@ def by(records, **wanted):
 
 def test_shift_curve_of_known_representations(crops):
     a, b = 1.0, 2.0
-    curve = position.shift_curve(KnownTeacher(a, b), crops.wavs, shifts=(0, 0.01, 0.3))
+    curve = diagnostics.shift_curve(KnownTeacher(a, b), crops.wavs, shifts=(0, 0.01, 0.3))
     for layer in range(3):
         assert by(curve, layer=layer, shift=0.0)["distance"] == 0.0
     for shift in (0.01, 0.3):
@@ -98,13 +99,13 @@ def test_unrelated_distance_is_the_mean_over_all_pairs_of_frames():
         )
         for i in range(4)
     ]
-    assert position.unrelated_distance(reps).tolist() == pytest.approx(expected, rel=1e-6)
+    assert diagnostics.unrelated_distance(reps).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_shift_curve_of_a_real_encoder_starts_at_zero_and_keeps_the_frame_grid(tiny_teacher):
     teacher = Teacher(str(tiny_teacher))
     wavs = torch.randn(5, 8000, generator=torch.Generator().manual_seed(3)) / 10
-    curve = position.shift_curve(teacher, wavs, shifts=(0, 0.5), batch_size=2)
+    curve = diagnostics.shift_curve(teacher, wavs, shifts=(0, 0.5), batch_size=2)
     assert len(curve) == 2 * 3
     for layer in range(3):
         assert by(curve, layer=layer, shift=0.0)["ratio"] == 0.0
@@ -119,7 +120,7 @@ def test_similarity_by_offset_is_the_mean_over_pairs():
     reps = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(4)).double()
     unit = reps - reps.mean(dim=(0, 1))
     unit = unit / unit.norm(dim=-1, keepdim=True)
-    similarity, counts = position.similarity_by_offset(reps)
+    similarity, counts = diagnostics.similarity_by_offset(reps)
     for d in range(6):
         values = [
             float(unit[i, n] @ unit[j, n + d])
@@ -134,7 +135,7 @@ def test_similarity_by_offset_is_the_mean_over_pairs():
 
 def test_similarity_of_known_representations(crops):
     a, b = 1.5, 1.0
-    curve, headline = position.content_free_similarity(KnownTeacher(a, b), crops.wavs, 0.5)
+    curve, headline = diagnostics.content_free_similarity(KnownTeacher(a, b), crops.wavs, 0.5)
     assert len(curve) == 3 * FRAMES
     assert by(headline, layer=0)["difference"] == pytest.approx(0, abs=0.01)
     assert by(headline, layer=1)["difference"] == pytest.approx(1, abs=0.02)
@@ -145,7 +146,7 @@ def test_similarity_of_known_representations(crops):
 
 def test_far_offsets_must_be_within_the_crops(crops):
     with pytest.raises(UserError, match="far_seconds: 5 s are not within the crops"):
-        position.content_free_similarity(KnownTeacher(), crops.wavs, 5)
+        diagnostics.content_free_similarity(KnownTeacher(), crops.wavs, 5)
 
 
 # 3. Probe
@@ -159,7 +160,7 @@ def test_ridge_finds_the_share_of_variance_that_is_linear(noise):
     signal = ((x - x.mean(0)) / x.std(0)) @ rng.standard_normal(10)
     y = signal / signal.std() + noise * rng.standard_normal(3000)
     unrelated = rng.standard_normal(3000)
-    r2, _ = position.ridge_probe(x, np.stack([y, unrelated], axis=1), groups)
+    r2, _ = diagnostics.ridge_probe(x, np.stack([y, unrelated], axis=1), groups)
     assert r2[0] == pytest.approx(1 / (1 + noise**2), abs=0.03)
     assert -0.05 < r2[1] < 0.02
 
@@ -167,7 +168,9 @@ def test_ridge_finds_the_share_of_variance_that_is_linear(noise):
 def test_the_penalty_grows_where_features_are_many_and_useless():
     rng = np.random.default_rng(6)
     x = rng.standard_normal((300, 250))
-    r2, penalty = position.ridge_probe(x, rng.standard_normal((300, 1)), np.repeat(range(15), 20))
+    r2, penalty = diagnostics.ridge_probe(
+        x, rng.standard_normal((300, 1)), np.repeat(range(15), 20)
+    )
     assert penalty[0] >= 10 and r2[0] > -0.1
 
 
@@ -176,19 +179,19 @@ def test_held_out_utterances_are_not_seen():
     rng = np.random.default_rng(7)
     groups = np.repeat(np.arange(20), 40)
     x = np.eye(20)[groups] + 0.01 * rng.standard_normal((800, 20))
-    r2, _ = position.ridge_probe(x, rng.standard_normal(20)[groups][:, None], groups)
+    r2, _ = diagnostics.ridge_probe(x, rng.standard_normal(20)[groups][:, None], groups)
     assert r2[0] < 0.1
 
 
 def test_constant_features_do_no_harm():
     rng = np.random.default_rng(8)
     x = np.concatenate([np.full((600, 3), 0.1), rng.standard_normal((600, 1))], axis=1)
-    r2, _ = position.ridge_probe(x, x[:, 3:], np.repeat(range(20), 30))
+    r2, _ = diagnostics.ridge_probe(x, x[:, 3:], np.repeat(range(20), 30))
     assert r2[0] == pytest.approx(1, abs=1e-4)
 
 
 def test_probe_of_known_representations(crops):
-    records = position.position_probe(KnownTeacher(), crops.wavs)
+    records = diagnostics.position_probe(KnownTeacher(), crops.wavs)
     assert by(records, layer=1, target="index")["r2"] == pytest.approx(1, abs=1e-3)
     content = by(records, layer=0, target="index")
     assert abs(content["r2"]) < 0.1 and abs(content["r2_shuffled"]) < 0.1
@@ -201,7 +204,7 @@ def test_probe_of_known_representations(crops):
 
 def test_probe_of_too_few_utterances_says_what_is_needed(crops):
     with pytest.raises(UserError, match="needs 12 utterances, got 5"):
-        position.position_probe(KnownTeacher(), crops.wavs[:5])
+        diagnostics.position_probe(KnownTeacher(), crops.wavs[:5])
 
 
 # 4. Share
@@ -211,7 +214,7 @@ def shares(crops, perturbation=None, distance=None, a=1.0, b=1.0, **options):
     teacher = KnownTeacher(a, b)
     objective = RepresentationObjective(teacher, distance or MSEDistance(), perturbation)
     options = {"offset_seconds": 0.4, **options}
-    return position.objective_share(teacher, {"it": objective}, crops, **options)
+    return diagnostics.objective_share(teacher, {"it": objective}, crops, **options)
 
 
 @pytest.mark.parametrize("distance", [MSEDistance(), SoftDTWDistance()], ids=["mse", "soft_dtw"])
@@ -219,7 +222,7 @@ def shares(crops, perturbation=None, distance=None, a=1.0, b=1.0, **options):
 def test_share_is_1_of_pure_position_and_0_of_pure_content(crops, distance, branch):
     teacher = KnownTeacher()
     objective = RepresentationObjective(teacher, distance, perturbed_branch=branch)
-    found = position.objective_share(teacher, {"it": objective}, crops, 0.4, layers=[0, 1])
+    found = diagnostics.objective_share(teacher, {"it": objective}, crops, 0.4, layers=[0, 1])
     assert by(found, layer=0)["share"] == 0.0 == by(found, layer=0)["high"]
     assert by(found, layer=1)["share"] == pytest.approx(1, abs=1e-5)
     assert {record["pairs"] for record in found} == {UTTERANCES // 2}
@@ -271,26 +274,26 @@ def test_objectives_see_the_same_pairs_whatever_the_batch(crops):
     objective = RepresentationObjective(teacher, MSEDistance(), ZeroPadding(0.1, HOP))
     options = {"layers": [2], "seed": 3}
     one, two = (
-        position.objective_share(
+        diagnostics.objective_share(
             teacher, {"a": objective, "b": objective}, crops, batch_size=size, **options
         )
         for size in (2, 7)
     )
     for record in (*one, *two):
         assert record["share"] == pytest.approx(one[0]["share"], rel=1e-6)
-    other = position.objective_share(teacher, {"a": objective}, crops, layers=[2], seed=4)
+    other = diagnostics.objective_share(teacher, {"a": objective}, crops, layers=[2], seed=4)
     assert other[0]["share"] != one[0]["share"]
 
 
 def test_an_odd_utterance_is_left_out(crops):
-    odd = position.Crops(crops.ids[:7], crops.wavs[:7])
+    odd = diagnostics.Crops(crops.ids[:7], crops.wavs[:7])
     assert shares(odd)[0]["pairs"] == 3
 
 
 def test_every_strategy_s_yaml_gives_its_own_objective(tiny_teacher):
     teacher = Teacher(str(tiny_teacher))
     found = {
-        name: position.load_objective(name, teacher)
+        name: diagnostics.load_objective(name, teacher)
         for name in ("mse", "zero_pad", "soft_dtw", "speed_mse", "zero_pad_soft_dtw")
     }
     assert all(objective.teacher is teacher for objective in found.values())
@@ -298,9 +301,9 @@ def test_every_strategy_s_yaml_gives_its_own_objective(tiny_teacher):
     assert isinstance(found["soft_dtw"].distance, SoftDTWDistance)
     assert isinstance(found["soft_dtw"].perturbation, SpeedPerturbation)
     with pytest.raises(UserError, match=r"si_sdr\.yaml compares no representations"):
-        position.load_objective("si_sdr", teacher)
+        diagnostics.load_objective("si_sdr", teacher)
     with pytest.raises(UserError, match=r"nope\.yaml does not exist"):
-        position.load_objective("nope", teacher)
+        diagnostics.load_objective("nope", teacher)
 
 
 def test_training_scores_of_a_weighted_objective(crops):
@@ -310,13 +313,13 @@ def test_training_scores_of_a_weighted_objective(crops):
     lengths = torch.full((UTTERANCES,), FRAMES * HOP)
     lengths[0] -= 10 * HOP
     arguments = (objective, crops.wavs, crops.wavs, lengths, crops.ids)
-    found = position.training_scores(*arguments, offset_seconds=0.3)
+    found = diagnostics.training_scores(*arguments, offset_seconds=0.3)
     assert found["position_share"] == pytest.approx(0.5, abs=0.03)
     assert found["position_right"] == 0.0
     # Noise in the enhanced speech cannot be won back by position: the share falls no further.
     noisy = crops.wavs + torch.randn(crops.wavs.shape, generator=torch.Generator().manual_seed(9))
-    assert position.training_scores(objective, noisy, *arguments[2:])["position_right"] > 0.9
-    assert position.training_scores(*(v[:1] if i else v for i, v in enumerate(arguments))) == {}
+    assert diagnostics.training_scores(objective, noisy, *arguments[2:])["position_right"] > 0.9
+    assert diagnostics.training_scores(*(v[:1] if i else v for i, v in enumerate(arguments))) == {}
 
 
 # Intervals
@@ -327,7 +330,7 @@ def test_the_interval_covers_the_true_share():
     covered = 0
     for trial in range(200):
         unequal, right = rng.normal(4, 0.5, 40), rng.normal(1, 0.3, 40)
-        found = position.bootstrap_ratio(
+        found = statistics.bootstrap_ratio(
             unequal - rng.normal(3, 0.5, 40), unequal - right, seed=trial, replicates=400
         )
         covered += found.low <= 1 / 3 <= found.high
@@ -335,8 +338,8 @@ def test_the_interval_covers_the_true_share():
 
 
 def test_ratios_without_a_denominator_or_a_second_row_have_no_interval():
-    assert math.isnan(position.bootstrap_ratio([1.0, 2.0], [0.0, 0.0]).estimate)
-    single = position.bootstrap_ratio([1.0], [2.0])
+    assert math.isnan(statistics.bootstrap_ratio([1.0, 2.0], [0.0, 0.0]).estimate)
+    single = statistics.bootstrap_ratio([1.0], [2.0])
     assert single.estimate == 0.5 and math.isnan(single.low)
 
 
@@ -347,7 +350,7 @@ def test_a_mismatched_target_is_the_previous_utterance_at_the_shorter_length(cro
     objective = RepresentationObjective(KnownTeacher(0.0, 1.0), MSEDistance())
     lengths = torch.tensor([50, 30, 40]) * HOP
     enhanced = crops.wavs[:3].clone().requires_grad_()
-    found = position.MismatchedTargets(objective)(enhanced, crops.wavs[3:6], lengths, [None] * 3)
+    found = diagnostics.MismatchedTargets(objective)(enhanced, crops.wavs[3:6], lengths, [None] * 3)
     for i, (j, frames) in enumerate(((2, 40), (0, 30), (1, 30))):
         size = frames * HOP
         expected = (crops.wavs[i, :size] - crops.wavs[3 + j, :size]).square().mean()
@@ -363,15 +366,17 @@ def test_mismatched_targets_reward_position_until_it_is_random(crops):
     def rngs():
         return [np.random.default_rng(i) for i in range(UTTERANCES)]
 
-    assert position.MismatchedTargets(objective)(*arguments, rngs()).abs().max() == 0
-    moved = position.MismatchedTargets(objective, 0.3)
+    assert diagnostics.MismatchedTargets(objective)(*arguments, rngs()).abs().max() == 0
+    moved = diagnostics.MismatchedTargets(objective, 0.3)
     values = moved(*arguments, rngs())
     assert values.mean() == pytest.approx(2 * 30 / 31, rel=0.15)
     assert torch.equal(values, moved(*arguments, rngs()))
 
 
 def test_a_batch_of_one_cannot_be_mismatched(crops):
-    objective = position.MismatchedTargets(RepresentationObjective(KnownTeacher(), MSEDistance()))
+    objective = diagnostics.MismatchedTargets(
+        RepresentationObjective(KnownTeacher(), MSEDistance())
+    )
     with pytest.raises(UserError, match="two utterances in every batch"):
         objective(crops.wavs[:1], crops.wavs[:1], torch.tensor([HOP]), [None])
 
@@ -381,7 +386,7 @@ def test_an_offset_moves_content_and_keeps_the_other_perturbation_s_draws():
     padding = ZeroPadding(4 / 16000, 1)
     plain, moved = (
         make(wavs, lengths, [np.random.default_rng(i) for i in range(2)])
-        for make in (padding, position.Offset(7 / 16000, padding, 1, random=True))
+        for make in (padding, diagnostics.Offset(7 / 16000, padding, 1, random=True))
     )
     extra = moved.content_start - plain.content_start
     assert (extra >= 0).all() and (extra <= 7).all() and extra.sum() > 0
@@ -390,7 +395,7 @@ def test_an_offset_moves_content_and_keeps_the_other_perturbation_s_draws():
         assert moved.lengths[i] == plain.lengths[i] + extra[i]
         assert (moved.wavs[i, :start] == 0).all()
     with pytest.raises(ValueError, match="seconds: got -1"):
-        position.Offset(-1)
+        diagnostics.Offset(-1)
 
 
 # Data and recipe
@@ -398,21 +403,21 @@ def test_an_offset_moves_content_and_keeps_the_other_perturbation_s_draws():
 
 def test_too_small_a_corpus_says_what_is_there_and_what_is_needed(corpus):
     with pytest.raises(UserError, match=r"4 utterances of at least 1 s .* needed are 12"):
-        position.load_crops(corpus, ["dev"], 1.0)
+        diagnostics.load_crops(corpus, ["dev"], 1.0)
     with pytest.raises(UserError, match=r": 0 utterances of at least 9 s .*22 of any length"):
-        position.load_crops(corpus, ["*"], 9.0)
+        diagnostics.load_crops(corpus, ["*"], 9.0)
 
 
 def test_crops_are_drawn_from_the_seed(corpus):
-    one, two, other = (position.load_crops(corpus, ["train"], 0.7, seed=s) for s in (0, 0, 1))
+    one, two, other = (diagnostics.load_crops(corpus, ["train"], 0.7, seed=s) for s in (0, 0, 1))
     assert one.wavs.shape == (12, 11200) and one.ids == other.ids
     assert torch.equal(one.wavs, two.wavs) and not torch.equal(one.wavs, other.wavs)
 
 
 def test_layers_the_teacher_does_not_have(crops):
-    assert position.chosen_layers(KnownTeacher(), [-1, 0]) == [2, 0]
+    assert diagnostics.chosen_layers(KnownTeacher(), [-1, 0]) == [2, 0]
     with pytest.raises(UserError, match="has 2 layers, asked for layer 5"):
-        position.shift_curve(KnownTeacher(), crops.wavs, layers=[0, 5])
+        diagnostics.shift_curve(KnownTeacher(), crops.wavs, layers=[0, 5])
 
 
 @pytest.fixture
@@ -500,7 +505,7 @@ def test_falls_are_compared_on_one_scale():
     before = {"matched": 5.0, "mismatched": 10.0, "mismatched_moved": 100.0}
     falls = {"matched": own, "mismatched": own / 2, "mismatched_moved": own / 2 - 0.01 * own}
     losses = {name: (before[name] + 0 * own, before[name] - fall) for name, fall in falls.items()}
-    found = {r["targets"]: r for r in position.falls_of_matched(losses)}
+    found = {r["targets"]: r for r in diagnostics.falls_of_matched(losses)}
     assert found["matched"]["of_matched"] == 1.0
     for name, share in {"mismatched": 0.5, "mismatched_moved": 0.49, "position": 0.01}.items():
         record = found[name]
@@ -508,13 +513,13 @@ def test_falls_are_compared_on_one_scale():
         assert record["low"] == pytest.approx(share) == record["high"]  # paired: it never varies
     assert found["position"]["before"] is None
     worse = {name: (after, start) for name, (start, after) in losses.items()}
-    assert position.falls_of_matched(worse)[1]["of_matched"] is None
+    assert diagnostics.falls_of_matched(worse)[1]["of_matched"] is None
 
 
 def test_the_causal_test_trains_every_arm_and_compares_before_and_after(probe):
     folder = probe(diagnostics="[causal]")
     found = lines(folder / "causal.jsonl")
-    assert [r["targets"] for r in found] == [*position.TARGETS, "position"]
+    assert [r["targets"] for r in found] == [*diagnostics.TARGETS, "position"]
     for record in found:
         assert record["objective"] == "small_mse" and record["utterances"] == 4
         assert record["fall"] != 0

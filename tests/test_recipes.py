@@ -23,7 +23,6 @@ from pi_finetune.data.corpora import prepare_noise, prepare_speech
 from pi_finetune.data.loading import load_pairs
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import UserError
-from pi_finetune.metrics import recognition_errors
 from pi_finetune.recognizers import (
     CharacterTokenizer,
     CTCHead,
@@ -31,6 +30,7 @@ from pi_finetune.recognizers import (
     load_recognizer,
     save_recognizer,
 )
+from pi_finetune.results.metrics import recognition_errors
 from pi_finetune.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -474,7 +474,7 @@ def test_voicebank_readme_from_corpus_to_table(project, small, monkeypatch):
         def __call__(self, wavs, lengths):
             return ["please call"] * len(wavs)
 
-    monkeypatch.setattr("pi_finetune.evaluation.load_recognizer", lambda source: Parrot())
+    monkeypatch.setattr("pi_finetune.results.evaluation.load_recognizer", lambda source: Parrot())
     calls = typed(sh_blocks("recipes/VoiceBank/README.md"), project)
     calls[0][-1] = "1"  # jobs
     assert "--jobs" in calls[0]

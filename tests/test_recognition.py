@@ -13,7 +13,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 from synthetic import write_audio
 
-from pi_finetune import metrics, recognizers
 from pi_finetune.brains.recognition import (
     Augmentation,
     EncodedSpeech,
@@ -34,6 +33,7 @@ from pi_finetune.recognizers import (
     load_recognizer,
     save_recognizer,
 )
+from pi_finetune.results import metrics, recognizers
 from pi_finetune.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent

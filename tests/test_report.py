@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import soundfile
 
+from pi_finetune import spectrograms
 from pi_finetune.errors import UserError
 from pi_finetune.report import examples, html, plots, tables
-from pi_finetune.report.comparison import compare_runs
-from pi_finetune.report.runs import find_runs, load_runs, read_json_lines
-from pi_finetune.report.statistics import Bootstrap, Interval
+from pi_finetune.results.comparison import compare_runs
+from pi_finetune.results.runs import find_runs, load_runs, read_json_lines
+from pi_finetune.results.statistics import Bootstrap, Interval
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FEW = Bootstrap(replicates=199)
@@ -460,7 +461,7 @@ def test_spectrogram_puts_a_tone_at_its_frequency_and_low_ones_below():
     from PIL import Image
 
     tone = np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000)
-    found = plots.spectrogram(tone, 16000)
+    found = spectrograms.spectrogram(tone, 16000)
     assert found[:, 50].argmax() == 32  # 1 kHz in bins of 31.25 Hz
     image = plots.spectrogram_image(tone, 16000, found.max(), width=100, height=80)
     pixels = np.array(Image.open(BytesIO(image)).convert("L"), float)
@@ -518,7 +519,7 @@ def test_much_audio_is_compressed_and_little_is_lossless(results, monkeypatch):
 def test_expected_alignment_follows_the_speed_change(results):
     (example, _) = examples.load_examples(compare_runs([results], bootstrap=FEW), "ctc")
     clean = example.wav("clean")
-    alignment, x, y = examples.expected_alignment(clean, clean, 16000, speed=0.8)
+    alignment, x, y = spectrograms.expected_alignment(clean, clean, 16000, speed=0.8)
     assert alignment.shape == (len(x), len(y)) and y.shape[0] == pytest.approx(1.25 * 51, abs=2)
     at = alignment @ np.arange(len(y)) / alignment.sum(1)
     middle = slice(len(x) // 4, 3 * len(x) // 4)

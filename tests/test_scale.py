@@ -210,7 +210,7 @@ def test_two_processes_score_as_one(evaluate, tmp_path):
 
 
 def test_an_interrupted_shared_evaluation_continues_in_any_number(evaluate, monkeypatch, tmp_path):
-    from pi_finetune import metrics
+    from pi_finetune.results import metrics
 
     whole = evaluate(["pretrained"], batch_size=2, results_folder=tmp_path / "whole")
     expected = (tmp_path / "whole/pretrained/0/scores/test.jsonl").read_text()

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pi_finetune import metrics
 from pi_finetune.data.loading import load_pairs
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.recognizers import load_recognizer
+from pi_finetune.results import metrics
 from pi_finetune.teacher import Teacher
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pi_finetune.report.statistics import (
+from pi_finetune.results.statistics import (
     Bootstrap,
     area_under_curve,
     holm,

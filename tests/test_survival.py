@@ -13,8 +13,8 @@ import pytest
 import torch
 from running import validations
 
+from pi_finetune.brains.checkpoints import SUMS_FILE, Checkpointer
 from pi_finetune.brains.enhancement import EnhancementBrain
-from pi_finetune.checkpoints import SUMS_FILE, Checkpointer
 from pi_finetune.data import loading
 from pi_finetune.errors import UserError
 

@@ -186,7 +186,7 @@ def test_scores_of_all_systems_are_of_the_same_mixtures(train, evaluate):
 
 
 def test_an_interrupted_evaluation_continues(evaluate, monkeypatch):
-    from pi_finetune import metrics
+    from pi_finetune.results import metrics
 
     calls = []
     score = metrics.score_batch

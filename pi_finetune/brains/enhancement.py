@@ -4,13 +4,13 @@ import math
 
 import speechbrain as sb
 
-from pi_finetune import metrics
 from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.data.loading import sample_lengths
+from pi_finetune.diagnostics import training_scores
 from pi_finetune.distributed import gather_in_turn, rank
 from pi_finetune.enhancers import config_text, save_enhancer
 from pi_finetune.errors import UserError
-from pi_finetune.position import training_scores
+from pi_finetune.results import metrics
 from pi_finetune.seeding import perturbation_rngs
 
 

@@ -10,8 +10,7 @@ from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger, W
 
 from pi_finetune.data.audio import SAMPLE_RATE
 from pi_finetune.errors import UserError
-from pi_finetune.report.examples import ALIGNMENT_HOP, expected_alignment
-from pi_finetune.report.plots import spectrogram
+from pi_finetune.spectrograms import ALIGNMENT_HOP, expected_alignment, spectrogram
 
 #: An example is cut to this many seconds, so that a run's log stays small.
 EXAMPLE_SECONDS = 5
@@ -91,7 +90,7 @@ class UpdateTensorboardLogger(TensorboardLogger):
 
         For the main process to call, which alone has a writer.
 
-        The alignment is that of :func:`pi_finetune.report.examples.expected_alignment`: enhanced
+        The alignment is that of :func:`pi_finetune.spectrograms.expected_alignment`: enhanced
         speech against clean speech at 0.9 times the speed.
 
         Arguments

@@ -10,7 +10,6 @@ from speechbrain.augment.time_domain import SpeedPerturb
 from speechbrain.nnet.losses import ctc_loss
 from torch.utils.data import Dataset
 
-from pi_finetune import metrics
 from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.data.audio import SAMPLE_RATE, read_audio
 from pi_finetune.data.corpora import prepare_noise
@@ -19,6 +18,7 @@ from pi_finetune.distributed import rank
 from pi_finetune.errors import UserError
 from pi_finetune.files import write_text
 from pi_finetune.recognizers import save_recognizer
+from pi_finetune.results import metrics
 from pi_finetune.seeding import utterance_rng
 
 logger = sb.utils.logger.get_logger(__name__)
@@ -252,7 +252,7 @@ def transcribe_set(recognizer, manifest, mixer=None, snr=None, seed=0, batch_siz
     Returns
     -------
     list of dict
-        ``id, snr, noise_class`` and :func:`pi_finetune.metrics.recognition_errors` of each.
+        ``id, snr, noise_class`` and :func:`pi_finetune.results.metrics.recognition_errors` of each.
     """
     records, items = [], [(k, v) for k, v in manifest.items() if v["text"] is not None]
     for start in range(0, len(items), batch_size):

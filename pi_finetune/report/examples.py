@@ -5,14 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import soundfile
-from scipy import signal
 
 from pi_finetune.errors import UserError
 
 #: Above this many bytes of lossless audio the report's players get Opus instead.
 FLAC_BUDGET = 2_200_000
-#: Frames of an example's alignment: 20 ms, as of the usual teachers.
-ALIGNMENT_HOP = 0.02
 
 
 @dataclass
@@ -46,7 +43,7 @@ def load_examples(comparison, recognizer=None, chosen=None, limit=3):
 
     Arguments
     ---------
-    comparison : pi_finetune.report.comparison.Comparison
+    comparison : pi_finetune.results.comparison.Comparison
     recognizer : str, optional
         Whose texts are shown.
     chosen : list of str, optional
@@ -138,7 +135,7 @@ def align(reference, hypothesis, unit="word"):
     """
     import jiwer
 
-    from pi_finetune.metrics import normalise_text
+    from pi_finetune.results.metrics import normalise_text
 
     if unit == "word":
         reference, hypothesis = normalise_text(reference), normalise_text(hypothesis)
@@ -183,52 +180,3 @@ def _encode(wav, sample_rate, container, subtype):
     out = io.BytesIO()
     soundfile.write(out, np.clip(wav, -1, 1), sample_rate, format=container, subtype=subtype)
     return out.getvalue()
-
-
-def expected_alignment(enhanced, clean, sample_rate, speed=0.9, gamma=0.1):
-    """Expected soft-DTW alignment of enhanced speech with clean speech at another speed.
-
-    The features are log-mel instead of a teacher's, mean-free and L2-normalised: enough to show
-    what the loss does, with no model at hand.
-
-    Arguments
-    ---------
-    enhanced, clean : np.ndarray
-        [T] each.
-    sample_rate : int
-        Hz.
-    speed : float
-        Factor by which the clean side is sped up, by resampling. Default: 0.9.
-    gamma : float
-        Softness. Default: 0.1.
-
-    Returns
-    -------
-    (np.ndarray, np.ndarray, np.ndarray)
-        Alignment [N, M], features of both sides [N, 40] and [M, 40]; frames of 20 ms.
-    """
-    import torch
-
-    from pi_finetune.soft_dtw import alignment
-
-    changed = signal.resample_poly(clean, 100, round(100 * speed))
-    features = [_log_mel(wav, sample_rate) for wav in (enhanced, changed)]
-    unit = []
-    for x in features:
-        x = x - x.mean(0)
-        unit.append(
-            torch.from_numpy(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6))
-        )
-    found = alignment(unit[0][None], unit[1][None], gamma=gamma, backend="reference")[0]
-    return found.numpy(), *features
-
-
-def _log_mel(wav, sample_rate, bands=40):
-    import torch
-    from torchaudio.transforms import MelSpectrogram
-
-    hop = round(ALIGNMENT_HOP * sample_rate)
-    mel = MelSpectrogram(sample_rate, n_fft=512, hop_length=hop, n_mels=bands)
-    power = mel(torch.as_tensor(np.asarray(wav), dtype=torch.float32))
-    level = 10 * torch.log10(power + 1e-10)
-    return level.clamp(min=level.max() - 60).T.numpy()

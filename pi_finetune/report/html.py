@@ -4,21 +4,21 @@ import base64
 import importlib.metadata
 import math
 import platform
-import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import jinja2
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from pi_finetune import spectrograms
 from pi_finetune.files import write_text
 from pi_finetune.report import examples as audio
 from pi_finetune.report import plots, tables
-from pi_finetune.report.comparison import DEV_METRICS
 from pi_finetune.report.position import position_section
-from pi_finetune.report.runs import UNTRAINED
+from pi_finetune.results.comparison import DEV_METRICS
+from pi_finetune.results.runs import UNTRAINED
 
 _PACKAGES = "pi_finetune torch speechbrain transformers jiwer pesq pystoi scipy numpy".split()
 #: Distinct values up to which utterances are grouped by value and not by thirds.
@@ -39,7 +39,7 @@ def write_report(
     ---------
     path : str or Path
         The file.
-    comparison : pi_finetune.report.comparison.Comparison
+    comparison : pi_finetune.results.comparison.Comparison
     command : str
         The command line that made it, to be shown.
     utterances : list of str, optional
@@ -78,14 +78,15 @@ def write_report(
         palette=_palette(comparison),
         findings=findings(comparison),
         forest=_forest(comparison),
-        summary=tables.summary_table(comparison, html_table),
-        differences=comparison.baseline and tables.difference_table(comparison, html_table),
-        runs=tables.run_table(comparison, html_table),
+        summary=tables.summary_table(comparison, tables.html_table),
+        differences=comparison.baseline and tables.difference_table(comparison, tables.html_table),
+        runs=tables.run_table(comparison, tables.html_table),
         explanation=tables.explanation(comparison),
         breakdowns=breakdowns(comparison),
         curves=_curve_charts(comparison),
         curve_names={name for curves in comparison.curves.values() for name, _ in curves},
-        convergence=comparison.convergence and tables.convergence_table(comparison, html_table),
+        convergence=comparison.convergence
+        and tables.convergence_table(comparison, tables.html_table),
         examples=_example_cards(shown),
         alignment=_alignment(shown, comparison),
         sections=[(title, Markup(body)) for title, body in sections],
@@ -96,31 +97,6 @@ def write_report(
     )
     write_text(path, page)
     return Path(path)
-
-
-def html_table(header, body):
-    """Rows of cells, as :mod:`~pi_finetune.report.tables` makes them, as an HTML table."""
-    parts = [Markup("<table><thead><tr>")]
-    parts += [Markup('<th scope="col">{}</th>').format(text) for text in header]
-    parts.append(Markup("</tr></thead><tbody>"))
-    for first, *rest in body:
-        parts.append(Markup('<tr><th scope="row">{}</th>').format(first))
-        parts += [_html_cell(cell) for cell in rest]
-        parts.append(Markup("</tr>"))
-    parts.append(Markup("</tbody></table>"))
-    return Markup("").join(parts)
-
-
-def _html_cell(cell):
-    text, best = cell if isinstance(cell, tuple) else (cell, False)
-    value, interval, marker = re.fullmatch(r"(.*?)(?: (\[.*\]))?([*†]?)", text).groups()
-    value = Markup("<strong>{}</strong>").format(value) if best else escape(value)
-    if marker:
-        meaning = "significantly better" if marker == "*" else "significantly worse"
-        value += Markup('<sup title="{}">{}</sup>').format(meaning, marker)
-    if interval:
-        value += Markup('<span class="ci">{}</span>').format(interval)
-    return Markup("<td>{}</td>").format(value)
 
 
 def _palette(comparison):
@@ -288,7 +264,9 @@ def _breakdown_table(comparison, metric, groups):
             cells.append((text + _change(comparison, scores, system, mask), best))
         columns.append(cells)
     header = [f"{label} ({mask.sum()})" for (label, _), mask in zip(groups, masks)]
-    return html_table(["strategy", *header], [[s, *row] for s, row in zip(systems, zip(*columns))])
+    return tables.html_table(
+        ["strategy", *header], [[s, *row] for s, row in zip(systems, zip(*columns))]
+    )
 
 
 def _change(comparison, scores, system, mask):
@@ -366,7 +344,9 @@ def _example_cards(examples):
     encoded, kind = audio.encode_all(examples)
     cards = []
     for example in examples:
-        loudest = max(plots.spectrogram(v.wav, example.sample_rate).max() for v in example.versions)
+        loudest = max(
+            spectrograms.spectrogram(v.wav, example.sample_rate).max() for v in example.versions
+        )
         versions = []
         for v in example.versions:
             image = plots.spectrogram_image(v.wav, example.sample_rate, loudest)
@@ -429,7 +409,7 @@ def _alignment(examples, comparison):
         if clean is None or system is None:
             continue
         speed = 0.9
-        found, x, y = audio.expected_alignment(
+        found, x, y = spectrograms.expected_alignment(
             example.wav(system), clean, example.sample_rate, speed
         )
         caption = (
@@ -438,7 +418,7 @@ def _alignment(examples, comparison):
             "what a frame-by-frame loss compares, the bright path where the content is."
         )
         svg = plots.alignment_chart(
-            found, x, y, audio.ALIGNMENT_HOP, f"{system} (s)", f"clean, speed {speed} (s)",
+            found, x, y, spectrograms.ALIGNMENT_HOP, f"{system} (s)", f"clean, speed {speed} (s)",
             f"Expected alignment of {system} and clean speech",
         )  # fmt: skip
         return caption, Markup(svg)

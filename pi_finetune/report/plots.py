@@ -16,7 +16,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from scipy import signal
+
+from pi_finetune.spectrograms import spectrogram
 
 SERIES = 10
 _MARKERS = "osD^vPX<>*"
@@ -197,16 +198,6 @@ def _svg(draw, title, size):
     return svg.replace(
         "<svg", f'<svg role="img" aria-label="{label}" style="max-width:{width}px"', 1
     ).strip()
-
-
-def spectrogram(wav, sample_rate):
-    """Magnitudes in dB [257, F]: 32 ms Hann window, 10 ms hop."""
-    window = signal.get_window("hann", 512)
-    transform = signal.ShortTimeFFT(window, sample_rate // 100, sample_rate)
-    wav = np.asarray(wav, np.float64)
-    if len(wav) < 256:
-        wav = np.pad(wav, (0, 256 - len(wav)))
-    return 20 * np.log10(np.abs(transform.stft(wav)) + 1e-7)
 
 
 def spectrogram_image(wav, sample_rate, loudest, dynamic_range=70.0, width=480, height=160):

@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from pi_finetune.report import tables
-from pi_finetune.report.runs import read_json_lines
+from pi_finetune.results.runs import read_json_lines
 
 _STYLE = {
     "svg.hashsalt": "pi_finetune",
@@ -277,12 +277,10 @@ def position_section(folder):
     Markup
         Empty if the folder holds no diagnostics.
     """
-    from pi_finetune.report.html import html_table  # html.py shows this section
-
     parts = []
     header, rows = summary_rows(folder)
     if rows:
-        parts.append(_scroll("Headline numbers by layer", html_table(header, rows)))
+        parts.append(_scroll("Headline numbers by layer", tables.html_table(header, rows)))
     for name, path in _present(folder):
         title, text = DIAGNOSTICS[name]
         parts.append(Markup("<h3>{}</h3>\n<p>{}</p>").format(title, text))
@@ -300,7 +298,7 @@ def position_section(folder):
         if len(records) > _MAX_ROWS:
             lines += f", the first {_MAX_ROWS} of them"
         summary = Markup("<summary>{}</summary>").format(lines)
-        table = _scroll(path.name, html_table(columns, body))
+        table = _scroll(path.name, tables.html_table(columns, body))
         parts.append(Markup("<details>{}{}</details>").format(summary, table))
     return Markup("\n").join(parts)
 

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from pi_finetune.files import write_text
 
@@ -23,7 +24,7 @@ def write_tables(comparison, folder):
 
     Arguments
     ---------
-    comparison : pi_finetune.report.comparison.Comparison
+    comparison : pi_finetune.results.comparison.Comparison
     folder : str or Path
         Made if it is not there.
 
@@ -374,3 +375,28 @@ def _latex_cell(cell):
     text, best = cell if isinstance(cell, tuple) else (cell, False)
     text = escape_latex(text)
     return rf"\textbf{{{text}}}" if best else text
+
+
+def html_table(header, body):
+    """Rows of cells, as an HTML table."""
+    parts = [Markup("<table><thead><tr>")]
+    parts += [Markup('<th scope="col">{}</th>').format(text) for text in header]
+    parts.append(Markup("</tr></thead><tbody>"))
+    for first, *rest in body:
+        parts.append(Markup('<tr><th scope="row">{}</th>').format(first))
+        parts += [_html_cell(cell) for cell in rest]
+        parts.append(Markup("</tr>"))
+    parts.append(Markup("</tbody></table>"))
+    return Markup("").join(parts)
+
+
+def _html_cell(cell):
+    text, best = cell if isinstance(cell, tuple) else (cell, False)
+    value, interval, marker = re.fullmatch(r"(.*?)(?: (\[.*\]))?([*†]?)", text).groups()
+    value = Markup("<strong>{}</strong>").format(value) if best else escape(value)
+    if marker:
+        meaning = "significantly better" if marker == "*" else "significantly worse"
+        value += Markup('<sup title="{}">{}</sup>').format(meaning, marker)
+    if interval:
+        value += Markup('<span class="ci">{}</span>').format(interval)
+    return Markup("<td>{}</td>").format(value)

@@ -11,7 +11,6 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import ddp_barrier
 from tqdm import tqdm
 
-from pi_finetune import metrics
 from pi_finetune.data.audio import SAMPLE_RATE
 from pi_finetune.data.loading import sample_lengths
 from pi_finetune.distributed import on_main, processes, rank
@@ -19,6 +18,7 @@ from pi_finetune.enhancers import WEIGHTS_FILE
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
 from pi_finetune.recognizers import load_recognizer
+from pi_finetune.results import metrics
 
 
 def load_recognizers(sources):

@@ -1,6 +1,6 @@
 """Make the mini corpus: about 20 minutes of synthesised speech, and noise.
 
-    python recipes/Mini/synthesize.py --output_folder assets/mini --seed 1234
+    python tools/mini/synthesize.py --output_folder assets/mini --seed 1234
 
 Speech comes out in LibriSpeech's layout, noise as one folder of CLASS-NNN.ogg. The
 same seed and engine versions give the same files, byte for byte. An earlier
@@ -256,7 +256,7 @@ def write_readme(folder):
     for part, facts in about.items():
         engines = ", ".join(f"{name} ({version})" for name, version in facts["engines"].items())
         text.append(
-            f"- {part}: `python recipes/Mini/synthesize.py --output_folder assets/mini "
+            f"- {part}: `python tools/mini/synthesize.py --output_folder assets/mini "
             f"--seed {facts['seed']} --only {part}`\n  with {engines}"
         )
     size = sum(path.stat().st_size for path in folder.rglob("*.ogg"))
@@ -267,7 +267,7 @@ def write_readme(folder):
 _README_HEAD = """# The mini corpus
 
 Synthesised speech with transcripts, and computed noise: enough to run every recipe of this
-project from end to end without a download. Made by `recipes/Mini/synthesize.py`, which also
+project from end to end without a download. Made by `tools/mini/synthesize.py`, which also
 wrote this page. Scores on it say whether something works; they say little about human speech.
 
 16 kHz, mono, Ogg Opus of about 32 kbit/s. Speech is in LibriSpeech's layout. Opus is decoded
@@ -275,8 +275,8 @@ with a state: read a file from its beginning where samples are to be the same on
 
 ## Licence
 
-The sentences come from the grammar in `recipes/Mini/grammar.py`, the noises from the formulas in
-`recipes/Mini/noises.py`: the project's own, under its licence (Apache-2.0). The speech is the
+The sentences come from the grammar in `tools/mini/grammar.py`, the noises from the formulas in
+`tools/mini/noises.py`: the project's own, under its licence (Apache-2.0). The speech is the
 output of two engines:
 
 - flite (Carnegie Mellon University, a permissive licence of BSD kind) with its voices awb, rms,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pi_finetune.errors import UserError
-from pi_finetune.report.runs import reference_words
+from pi_finetune.results.runs import reference_words
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from pi_finetune.errors import UserError
-from pi_finetune.report.runs import UNTRAINED, Run, common_utterances, load_runs, rank
-from pi_finetune.report.scores import (
+from pi_finetune.results.runs import UNTRAINED, Run, common_utterances, load_runs, rank
+from pi_finetune.results.scores import (
     SIGNAL_METRICS,
     Metric,
     MetricScores,
@@ -16,7 +16,7 @@ from pi_finetune.report.scores import (
     metrics_of,
     recording,
 )
-from pi_finetune.report.statistics import (
+from pi_finetune.results.statistics import (
     Bootstrap,
     Difference,
     Interval,
@@ -149,9 +149,9 @@ def compare_runs(
     Raises
     ------
     UserError
-        As :func:`~pi_finetune.report.runs.load_runs`,
-        :func:`~pi_finetune.report.runs.common_utterances` and
-        :func:`~pi_finetune.report.scores.metrics_of`; or ``dev_metric`` is unknown.
+        As :func:`~pi_finetune.results.runs.load_runs`,
+        :func:`~pi_finetune.results.runs.common_utterances` and
+        :func:`~pi_finetune.results.scores.metrics_of`; or ``dev_metric`` is unknown.
     """
     bootstrap = bootstrap or Bootstrap()
     notes = []

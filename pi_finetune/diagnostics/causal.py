@@ -1,0 +1,169 @@
+"""Training without content, to see what an objective wins all the same."""
+
+import math
+
+import numpy as np
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+
+from pi_finetune.data.loading import sample_lengths
+from pi_finetune.diagnostics.share import strategy_file
+from pi_finetune.diagnostics.views import Offset
+from pi_finetune.errors import UserError
+from pi_finetune.files import json_number
+from pi_finetune.objectives import RepresentationObjective
+from pi_finetune.results.statistics import Interval, bootstrap_ratio, ratio_fields
+from pi_finetune.seeding import perturbation_rngs
+
+
+class MismatchedTargets(torch.nn.Module):
+    """An objective whose clean side is another utterance: content cannot lower it.
+
+    Utterance i is compared with clean speech i - 1 of the batch, both cut to the shorter of the
+    two. What training still wins comes from position and from the statistics of speech; with
+    random offsets of the clean side from statistics alone. In YAML it takes the place of a
+    strategy's objective.
+
+    Arguments
+    ---------
+    objective : RepresentationObjective
+    offset_seconds : float
+        If above 0, 0 to this many seconds of zeros are put before the perturbed branch, drawn per
+        utterance, after the strategy's own perturbation. Default: 0.
+    """
+
+    def __init__(self, objective, offset_seconds=0.0):
+        super().__init__()
+        if offset_seconds:
+            hop = objective.teacher.hop
+            objective = RepresentationObjective(
+                objective.teacher,
+                objective.distance,
+                Offset(offset_seconds, objective.perturbation, hop, random=True),
+                objective.perturbed_branch,
+            )
+        self.objective = objective
+
+    def forward(self, enhanced, clean, lengths, rngs):
+        """``[B, T], [B, T], [B]`` and a generator per utterance to [B]; B is at least 2."""
+        if len(lengths) < 2:
+            raise UserError(
+                "A mismatched target needs two utterances in every batch, and one batch has a "
+                "single one. Choose valid_utterances and valid_batch_size so that none is left."
+            )
+        lengths = torch.minimum(lengths, lengths.roll(1))
+        longest = int(lengths.max())
+        return self.objective(enhanced[:, :longest], clean.roll(1, 0)[:, :longest], lengths, rngs)
+
+
+#: The arms of the causal test: what stands in the place of a strategy's objective.
+TARGETS = ("matched", "mismatched", "mismatched_moved")
+
+
+_REPRESENTATION = """!new:pi_finetune.objectives.RepresentationObjective
+{indent}    teacher: !ref <teacher>
+{indent}    distance: !ref <distance>
+{indent}    perturbation: !ref <perturbation>
+{indent}    perturbed_branch: !ref <perturbed_branch>
+"""
+
+
+def causal_yaml(strategy, targets, offset_seconds=2.0):
+    """The text of a training file that differs from a strategy's in its targets alone.
+
+    Arguments
+    ---------
+    strategy : str
+        As for :func:`strategy_file`.
+    targets : str
+        ``matched``, ``mismatched`` or ``mismatched_moved`` (at random offsets).
+    offset_seconds : float
+        The largest random offset.
+
+    Returns
+    -------
+    str
+    """
+    if targets not in TARGETS:
+        raise ValueError(f"targets: got {targets!r}, needed is one of {', '.join(TARGETS)}.")
+    path = strategy_file(strategy)
+    text = f"extends: {path}\nstrategy: {path.stem}-{targets}\nobjective: "
+    if targets == "matched":
+        return text + _REPRESENTATION.format(indent="")
+    text += "!new:pi_finetune.diagnostics.MismatchedTargets\n    objective: "
+    text += _REPRESENTATION.format(indent="    ")
+    return text + f"    offset_seconds: {offset_seconds * (targets == 'mismatched_moved')}\n"
+
+
+@torch.no_grad()
+def held_out_losses(objective, enhancer, pairs, batch_size=4, seed=0, device="cpu"):
+    """An objective on development mixtures, with perturbations as validation draws them.
+
+    Arguments
+    ---------
+    objective : torch.nn.Module
+    enhancer : torch.nn.Module
+    pairs : pi_finetune.data.loading.SpeechPairs
+    batch_size, seed, device
+        As in training; ``seed`` is its ``data_seed``.
+
+    Returns
+    -------
+    np.ndarray
+        [V], one value per utterance.
+    """
+    objective, enhancer = objective.to(device), enhancer.to(device).eval()
+    losses = []
+    for batch in torch.utils.data.DataLoader(pairs, batch_size, collate_fn=PaddedBatch):
+        batch = batch.to(device)
+        lengths = sample_lengths(batch.noisy)
+        rngs = perturbation_rngs(seed, batch)
+        enhanced = enhancer(batch.noisy.data, lengths)
+        losses.append(objective(enhanced, batch.clean.data, lengths, rngs).cpu())
+    return torch.cat(losses).double().numpy()
+
+
+def falls_of_matched(losses, seed=0):
+    """By how much the arms lowered their objectives, over the fall with matched targets.
+
+    Parts of *falls*, since what the arms start from differs: with unrelated targets an objective
+    is larger, and the same fall a smaller part of it. What position won is the fall with mismatched
+    targets less that with mismatched targets at random offsets.
+
+    Arguments
+    ---------
+    losses : dict
+        ``{targets: (before [V], after [V])}`` for all of :data:`TARGETS`, on the same utterances.
+    seed : int
+        Of the bootstrap over utterances.
+
+    Returns
+    -------
+    list of dict
+        A line for each of :data:`TARGETS`, ``targets, before, after, fall, of_matched, low, high,
+        utterances``, and one with ``targets`` "position". ``of_matched`` and its 95 % interval are
+        None where training with matched targets lowered nothing.
+    """
+    falls = {
+        targets: np.asarray(before, np.float64) - np.asarray(after, np.float64)
+        for targets, (before, after) in losses.items()
+    }
+    matched = falls["matched"]
+    parts = {**falls, "position": falls["mismatched"] - falls["mismatched_moved"]}
+    records = []
+    for targets, fall in parts.items():
+        found = bootstrap_ratio(fall, matched, seed)
+        if matched.mean() <= 0:
+            found = Interval(math.nan, math.nan, math.nan)
+        before, after = (np.mean(each) for each in losses.get(targets, (math.nan, math.nan)))
+        records.append(
+            {
+                "targets": targets,
+                "before": json_number(before),
+                "after": json_number(after),
+                "fall": json_number(fall.mean()),
+                **ratio_fields("of_matched", found),
+                "utterances": len(fall),
+            }
+        )
+    return records

@@ -1,0 +1,209 @@
+"""What the diagnostics look at: crops of speech, all layers at once, content moved later.
+
+Crops are of equal length, cut at random places of utterances, so that what is usual at the
+beginning of an utterance (silence) is not mistaken for position. "Moved by k" means preceded by
+k hops of zeros, of which the teacher hears all and the comparison sees none: the frame grid stays,
+so frame n of the content has the same samples and another position.
+
+A *teacher* here is anything with ``hidden_states``, ``frames``, ``hop`` and ``num_layers`` as
+:class:`pi_finetune.teacher.Teacher` has them. Results are lists of flat dicts, ready to be JSON
+lines; times are in seconds, and NaN is None.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+
+from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
+from pi_finetune.data.corpora import prepare_speech
+from pi_finetune.data.loading import choose
+from pi_finetune.errors import UserError
+from pi_finetune.objectives import RepresentationObjective
+from pi_finetune.perturbations import NoPerturbation, Perturbed
+from pi_finetune.seeding import utterance_rng
+
+#: Fewer utterances leave too little for the probe's folds or for a bootstrap over pairs.
+MIN_UTTERANCES = 12
+
+
+class Crops(NamedTuple):
+    """Equally long pieces of different utterances."""
+
+    ids: list
+    #: [U, T], 16 kHz.
+    wavs: torch.Tensor
+
+
+def load_crops(data_folder, splits, seconds, count=None, seed=0, needed=MIN_UTTERANCES):
+    """Cut one piece out of each utterance, at a random place.
+
+    Arguments
+    ---------
+    data_folder, splits
+        As for :func:`pi_finetune.data.corpora.prepare_speech`.
+    seconds : float
+        Length of the pieces; shorter utterances are left out.
+    count : int, optional
+        Utterances, spread over speakers. Default: all.
+    seed : int
+        Draws the places.
+    needed : int
+        The least number of utterances.
+
+    Returns
+    -------
+    Crops
+
+    Raises
+    ------
+    UserError
+        There are too few utterances of that length, or one is silent.
+    """
+    manifest = prepare_speech(data_folder, splits)
+    samples = round(seconds * SAMPLE_RATE)
+    enough = {k: v for k, v in manifest.items() if _samples(v) >= samples}
+    available = len(enough) if count is None else min(count, len(enough))
+    if available < needed:
+        raise UserError(
+            f"{data_folder}: {available} utterances of at least {seconds:g} s are to be used "
+            f"(splits {splits}; {len(manifest)} of any length), needed are {needed}. Lower "
+            "segment_seconds, or raise utterances, or name more splits."
+        )
+    chosen = choose(enough, count)
+    wavs = [
+        _crop(entry, samples, utterance_rng(seed, 0, key, "crop")) for key, entry in chosen.items()
+    ]
+    return Crops(list(chosen), torch.stack(wavs))
+
+
+def _samples(entry):
+    return round(entry["duration"] * SAMPLE_RATE)
+
+
+def _crop(entry, samples, rng):
+    for _ in range(20):
+        start = int(rng.integers(_samples(entry) - samples + 1))
+        wav = read_audio(entry["wav"], start, samples)
+        if not is_silent(wav):
+            return wav
+    raise UserError(f"{entry['wav']}: silent in 20 draws. Remove or replace it.")
+
+
+def chosen_layers(teacher, layers=None):
+    """Layer numbers from 0, all by default; a UserError if the teacher has no such layer."""
+    count = teacher.num_layers
+    if layers is None:
+        return list(range(count + 1))
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    for layer in layers:
+        if not isinstance(layer, int) or not -count - 1 <= layer <= count:
+            raise UserError(
+                f"layers: the teacher has {count} layers, asked for layer {layer}. Choose 0 (input "
+                f"of the first) to {count}, -1 to {-count - 1} from the end, or null for all."
+            )
+    return [layer % (count + 1) for layer in layers]
+
+
+class AllLayers:
+    """A teacher seen by :class:`RepresentationObjective` as having frames of [L, D], not of [D].
+
+    With :class:`EachLayer` as its distance, an objective is evaluated on all layers in one pass.
+    """
+
+    def __init__(self, teacher, layers=None):
+        self.teacher = teacher
+        self.layers = chosen_layers(teacher, layers)
+        self.hop, self.frames = teacher.hop, teacher.frames
+
+    def __call__(self, wavs, lengths):
+        states, frame_lengths = self.teacher.hidden_states(wavs, lengths)
+        return states[self.layers].permute(1, 2, 0, 3), frame_lengths
+
+
+class Remembering:
+    """Runs a teacher once on each input of a batch: objectives with one perturbation share it."""
+
+    def __init__(self, teacher):
+        self.teacher, self.seen = teacher, {}
+        self.hop, self.frames = teacher.hop, teacher.frames
+
+    def __call__(self, wavs, lengths):
+        content = wavs.detach().contiguous().cpu().numpy().tobytes()
+        key = (wavs.shape, tuple(lengths.tolist()), hashlib.sha1(content).digest())
+        if key not in self.seen:
+            self.seen[key] = self.teacher(wavs, lengths)
+        return self.seen[key]
+
+
+class EachLayer:
+    """A distance applied to each layer of [B, N, L, D]; returns [B, L]."""
+
+    def __init__(self, distance):
+        self.distance = distance
+
+    def __call__(self, x, x_lengths, y, y_lengths):
+        layers = range(x.shape[2])
+        return torch.stack(
+            [self.distance(x[:, :, i], x_lengths, y[:, :, i], y_lengths) for i in layers], dim=1
+        )
+
+
+class Offset:
+    """Moves content to later positions: zeros before whatever another perturbation made.
+
+    Arguments
+    ---------
+    seconds : float
+        How far; rounded to whole hops.
+    perturbation : callable, optional
+        Applied first. Default: none.
+    hop : int
+        The teacher's hop in samples; default 320.
+    random : bool
+        Draw the number of hops per utterance from 0 to ``seconds`` instead. It is drawn after the
+        draws of ``perturbation``, which are therefore the same with and without offset.
+    context : Tensor, optional
+        [B, seconds] as samples, heard before the content instead of zeros; not with ``random``.
+    """
+
+    def __init__(self, seconds, perturbation=None, hop=320, random=False, context=None):
+        if seconds < 0:
+            raise ValueError(f"seconds: got {seconds}, needed is a number >= 0.")
+        if random and context is not None:
+            raise ValueError("context: has one length, so random must be False.")
+        self.context = context
+        self.hops = round(seconds * SAMPLE_RATE / hop)
+        self.perturbation = perturbation or NoPerturbation()
+        self.hop = hop
+        self.random = random
+
+    def __call__(self, wavs, lengths, rngs=None):
+        inner = self.perturbation(wavs, lengths, rngs)
+        if not self.random:
+            before = self.hops * self.hop
+            heard = inner.wavs.new_zeros(len(wavs), before)
+            if self.context is not None:
+                heard = self.context
+            moved = torch.cat([heard, inner.wavs], dim=1)
+        else:
+            hops = [int(rng.integers(self.hops + 1)) for rng in rngs]
+            before = torch.tensor(hops, device=inner.lengths.device) * self.hop
+            rows = zip(inner.wavs, inner.lengths.tolist(), before.tolist())
+            rows = [torch.nn.functional.pad(wav[:size], (start, 0)) for wav, size, start in rows]
+            moved = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        start, lengths = inner.content_start + before, inner.lengths + before
+        return Perturbed(moved, lengths, start, inner.content_lengths)
+
+
+def full_lengths(wavs):
+    return torch.full((len(wavs),), wavs.shape[1], device=wavs.device)
+
+
+@torch.no_grad()
+def content_frames(teacher, wavs, batch_size, offset_seconds=0.0, layers=None):
+    """Yield the content frames [B, N, L, D] of batches of equally long ``wavs`` [U, T]."""
+    view = RepresentationObjective(AllLayers(teacher, layers), distance=None)
+    offset = Offset(offset_seconds, hop=teacher.hop)
+    for batch in wavs.split(batch_size):
+        yield view.represent(batch, full_lengths(batch), None, offset)[0]

@@ -1,0 +1,1 @@
+"""Scores of runs: metrics, evaluation, run folders, statistics and their comparison."""
