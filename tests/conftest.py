@@ -10,7 +10,7 @@ import pytest
 import torch
 from running import HPARAMS, Parrot, recipe
 from speechbrain.utils.importutils import LazyModule
-from synthetic import voice, write_audio
+from synthetic import save_tiny_enhancer, save_tiny_teacher, voice, write_audio
 
 # SpeechBrain registers lazy modules that fail on any attribute access when an optional package is
 # missing; hypothesis asks every module for its __file__.
@@ -65,38 +65,13 @@ def noises(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory):
     """A randomly initialised HuBERT of the layer-norm type, saved as ``transformers`` does."""
-    from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
-
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    config = HubertConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        conv_dim=(16,) * 7,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
-    )
-    HubertModel(config).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
-    return folder
+    return save_tiny_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory):
     """A tiny enhancer with random weights, and the YAML block that declares it."""
-    from pi_finetune.enhancers import MaskEnhancer, save_enhancer
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("pretrained")
-    save_enhancer(folder, MaskEnhancer(channels=(4, 4), dim=8, dilations=(1, 2)))
-    (folder / "block.yaml").write_text(
-        "!new:pi_finetune.enhancers.MaskEnhancer\nchannels: [4, 4]\ndim: 8\ndilations: [1, 2]\n"
-    )
-    return folder
+    return save_tiny_enhancer(tmp_path_factory.mktemp("pretrained"))
 
 
 @pytest.fixture
