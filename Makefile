@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.complete
 
-$(VENV)/.complete: requirements.txt constraints.txt pyproject.toml
+$(VENV)/.complete: requirements.txt tests/requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
 	  sys.exit(0 if (3, 11) <= v <= (3, 13) else f"error: Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; set PYTHON=python3.11")'
 	@command -v cc >/dev/null || command -v gcc >/dev/null || { echo \
@@ -20,6 +20,7 @@ $(VENV)/.complete: requirements.txt constraints.txt pyproject.toml
 	# pesq needs NumPy to be built, this project a setuptools that knows licence expressions.
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "numpy<2.4" "setuptools>=77" wheel
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements.txt
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch "$@"
 

@@ -15,6 +15,7 @@ from speechbrain.nnet.CNN import Conv1d
 from pi_finetune import enhancers
 from pi_finetune.enhancers import (
     ConvTasNet,
+    Demucs,
     MaskEnhancer,
     SpeechBrainEnhancer,
     UNetEnhancer,
@@ -45,6 +46,7 @@ OWN = {
     "mask": small_mask,
     "conv_tasnet": small_conv_tasnet,
     "conv_tasnet_cln": lambda: small_conv_tasnet("cLN"),
+    "demucs": lambda: Demucs(hidden=4, depth=3, floor=1e-8),
     "unet": small_unet,
     "unet_causal": lambda: small_unet(causal=True),
 }

@@ -11,6 +11,7 @@ result can be checked to hold for more than one kind of model.
 
 from pi_finetune.enhancers.base import SAMPLE_RATE, WaveformEnhancer
 from pi_finetune.enhancers.conv_tasnet import ConvTasNet
+from pi_finetune.enhancers.demucs import Demucs, load_denoiser_checkpoint
 from pi_finetune.enhancers.mask import MaskEnhancer
 from pi_finetune.enhancers.saving import (
     CONFIG_FILE,
@@ -29,11 +30,13 @@ __all__ = [
     "SPEECHBRAIN_FILE",
     "WEIGHTS_FILE",
     "ConvTasNet",
+    "Demucs",
     "MaskEnhancer",
     "SpeechBrainEnhancer",
     "UNetEnhancer",
     "WaveformEnhancer",
     "config_text",
+    "load_denoiser_checkpoint",
     "load_enhancer",
     "load_weights",
     "save_enhancer",

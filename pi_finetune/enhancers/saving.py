@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pi_finetune.enhancers.base import REGISTRY
+from pi_finetune.enhancers.demucs import CHECKPOINTS, read_denoiser_checkpoint
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing
 
@@ -144,7 +145,8 @@ def load_weights(enhancer, source):
     enhancer : torch.nn.Module
         The model; every key and shape must fit.
     source : str or Path or None
-        A folder with ``enhancer.safetensors``, or a ``.safetensors`` file. None
+        A folder with ``enhancer.safetensors``, a ``.safetensors`` file, or a checkpoint of
+        facebookresearch/denoiser for a ``Demucs`` (its name, URL or ``.th`` file). None
         leaves the enhancer as it is: to train from scratch, or from the weights
         that ``SpeechBrainEnhancer`` brings.
 
@@ -163,12 +165,15 @@ def load_weights(enhancer, source):
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS_FILE
-    if not path.is_file():
+    if str(source) in CHECKPOINTS or path.suffix == ".th":
+        weights = read_denoiser_checkpoint(source)
+    elif path.is_file():
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+    else:
         raise UserError(f"No weights at {path}: give a folder with {WEIGHTS_FILE}, or such a file.")
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
     own = enhancer.state_dict()
     faults = [f"{key} is missing" for key in own.keys() - weights.keys()]
     faults += [f"{key} is unknown" for key in weights.keys() - own.keys()]
