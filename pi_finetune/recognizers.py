@@ -4,6 +4,11 @@ Texts are raw; :func:`pi_finetune.results.metrics.recognition_errors` normalises
 The attribute ``unit`` says what a text is made of: ``word``, or ``phoneme`` (separated by blanks).
 What an utterance is batched with does not change its text. An utterance with a
 non-finite sample (a diverged enhancer's) has the text "".
+
+Besides, ``recognizer.nll(wavs, lengths, texts) -> [(nll, tokens)]`` gives the negative
+log-likelihood of the true transcripts in nats and the number of tokens each has; nothing is decoded
+for it. It is None where the recogniser can give none: for a non-finite sample, and where it says so
+below. A recogniser may come without; :func:`likelihoods` is the one place that knows.
 """
 
 import contextlib
@@ -23,7 +28,7 @@ from transformers.utils import logging
 
 from pi_finetune.config import PROJECT_ROOT
 from pi_finetune.errors import UserError
-from pi_finetune.files import replacing, write_text
+from pi_finetune.files import json_number, replacing, write_text
 from pi_finetune.phonemes import inventory, phonemes
 from pi_finetune.teacher import SAMPLE_RATE, Teacher
 
@@ -66,6 +71,38 @@ def load_recognizer(source):
     return WhisperRecognizer(str(source))
 
 
+def likelihoods(recognizer, wavs, lengths, texts):
+    """Negative log-likelihood of the transcripts that are there, as fields of a score line.
+
+    Arguments
+    ---------
+    recognizer : object
+        Of this module's interface.
+    wavs, lengths
+        [B, T], and [B] in samples.
+    texts : list of (str or None)
+        True transcripts; None where there is none.
+
+    Returns
+    -------
+    list of dict
+        ``{"nll": nats or None, "tokens": int}`` of each utterance; empty without a transcript, or
+        from a recogniser that gives no likelihood.
+    """
+    fields = [{} for _ in texts]
+    known = [i for i, text in enumerate(texts) if text is not None]
+    if known and gives_likelihood(recognizer):
+        found = recognizer.nll(wavs[known], lengths[known], [texts[i] for i in known])
+        for i, (nll, tokens) in zip(known, found, strict=True):
+            fields[i] = {"nll": nll, "tokens": tokens}
+    return fields
+
+
+def gives_likelihood(recognizer):
+    """Whether a recogniser can say how likely a transcript is."""
+    return hasattr(recognizer, "nll")
+
+
 class WhisperRecognizer:
     """Whisper through ``transformers``: greedy, in float32, on the device of the waveforms.
 
@@ -92,8 +129,16 @@ class WhisperRecognizer:
         self.name = Path(source).name or str(source)
         self.model, self.extractor, self.tokenizer = _load_whisper(str(source))
         self.options = {"num_beams": 1, "do_sample": False}
-        if _complete_generation_config(self.model, self.tokenizer, language):
+        multilingual = _complete_generation_config(self.model, self.tokenizer, language)
+        if multilingual:
             self.options.update(language=language, task="transcribe")
+        generation = self.model.generation_config
+        #: What the decoder is given before the first token of a text.
+        self.prompt = [self.model.config.decoder_start_token_id]
+        if multilingual:
+            self.prompt += [generation.lang_to_id[f"<|{language}|>"]]
+            self.prompt += [generation.task_to_id["transcribe"]]
+        self.prompt += [generation.no_timestamps_token_id]
 
     def __call__(self, wavs, lengths):
         """Transcribe wavs [B, T] of lengths [B] samples."""
@@ -110,24 +155,85 @@ class WhisperRecognizer:
 
     @torch.no_grad()
     def _transcribe(self, wavs):
-        device = wavs[0].device
         long = len(wavs[0]) > self.SECONDS * SAMPLE_RATE
-        model = self.model.to(device)
-        with torch.autocast(device.type, enabled=False), _quiet_transformers():
-            inputs = self.extractor(
-                [wav.float().cpu().numpy() for wav in wavs],
-                sampling_rate=SAMPLE_RATE,
-                return_tensors="pt",
-                return_attention_mask=True,
-                **({"truncation": False, "padding": "longest"} if long else {}),
-            ).to(device)
-            tokens = model.generate(
+        with torch.autocast(wavs[0].device.type, enabled=False), _quiet_transformers():
+            inputs = self._features(wavs, long)
+            tokens = self.model.generate(
                 **inputs,
                 **self.options,
-                max_new_tokens=model.config.max_target_positions // 2,
+                max_new_tokens=self.model.config.max_target_positions // 2,
                 return_timestamps=long,
             )
         return [t.strip() for t in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _features(self, wavs, long=False):
+        """The model's input, the model being moved to the waveforms' device."""
+        self.model.to(wavs[0].device)
+        return self.extractor(
+            [wav.float().cpu().numpy() for wav in wavs],
+            sampling_rate=SAMPLE_RATE,
+            return_tensors="pt",
+            return_attention_mask=True,
+            **({"truncation": False, "padding": "longest"} if long else {}),
+        ).to(wavs[0].device)
+
+    def encode(self, text):
+        """Tokens of a transcript, as Whisper would write it, with the end of text.
+
+        A transcript without a lower-case letter (as LibriSpeech's) is taken in lower case, any
+        other as it is; blanks are single, and one goes before, since Whisper's texts begin so. No
+        punctuation is added and no number written in digits.
+        """
+        words = " ".join(text.split())
+        if not any(map(str.islower, words)):
+            words = words.lower()
+        tokens = self.tokenizer(f" {words}" if words else "", add_special_tokens=False).input_ids
+        return [*tokens, self.tokenizer.eos_token_id]
+
+    @torch.no_grad()
+    def nll(self, wavs, lengths, texts):
+        """Teacher-forced cross-entropy of the transcripts, summed over their tokens.
+
+        The decoder gets the start of transcript (language and task, if multilingual), no
+        timestamps, and the text; what is counted are the tokens of :meth:`encode`. All tokens of
+        the vocabulary may follow: what decoding suppresses is not suppressed.
+
+        Arguments
+        ---------
+        wavs, lengths
+            [B, T] and [B] in samples.
+        texts : list of str
+            True transcripts, B of them.
+
+        Returns
+        -------
+        list of (float or None, int)
+            Nats and number of tokens of each. None over 30 s, which Whisper does not hear at once,
+            for more tokens than its decoder has positions, and for non-finite audio.
+        """
+        targets = [self.encode(text) for text in _texts(wavs, texts)]
+        items = {
+            i: wav
+            for i, wav in _finite_items(wavs, lengths).items()
+            if len(wav) <= self.SECONDS * SAMPLE_RATE
+            and len(self.prompt) + len(targets[i]) - 1 <= self.model.config.max_target_positions
+        }
+        found = [(None, len(target)) for target in targets]
+        if not items:
+            return found
+        with torch.autocast(wavs.device.type, enabled=False), _quiet_transformers():
+            chosen = [torch.tensor(targets[i], device=wavs.device) for i in items]
+            # Padding is behind what is counted, where the causal decoder cannot look.
+            target = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+            prompt = target.new_tensor(self.prompt).expand(len(chosen), -1)
+            logits = self.model(
+                **self._features(list(items.values())),
+                decoder_input_ids=torch.cat([prompt, target[:, :-1]], dim=1),
+            ).logits[:, len(self.prompt) - 1 :]
+        for i, row, logit in zip(items, chosen, logits):
+            loss = F.cross_entropy(logit[: len(row)].double(), row, reduction="sum")
+            found[i] = (float(loss), len(row))
+        return found
 
 
 class CTCRecognizer:
@@ -172,21 +278,70 @@ class CTCRecognizer:
     def __call__(self, wavs, lengths):
         """Transcribe wavs [B, T] of lengths [B] samples; "" for what is too short to be heard."""
         texts = [""] * len(wavs)
-        items = _finite_items(wavs, lengths)
-        items = {i: w for i, w in items.items() if len(w) >= self.encoder.receptive_field}
+        items = self._long_enough(wavs, lengths)
+        if items:
+            heard = self.tokenizer.greedy(*self._log_probs(list(items.values())))
+            for i, text in zip(items, heard):
+                texts[i] = text
+        return texts
+
+    @torch.no_grad()
+    def nll(self, wavs, lengths, texts):
+        """CTC loss of the transcripts: of all paths that spell them.
+
+        Arguments
+        ---------
+        wavs, lengths
+            [B, T] and [B] in samples.
+        texts : list of str
+            True transcripts, B of them, which the tokenizer encodes.
+
+        Returns
+        -------
+        list of (float or None, int)
+            Nats and number of characters or phonemes of each. None where the text has a letter or
+            digit that the recogniser cannot write, where the utterance has too few frames to spell
+            it, and for non-finite audio.
+        """
+        targets = [self._encode(text) for text in _texts(wavs, texts)]
+        found = [(None, len(target or ())) for target in targets]
+        items = self._long_enough(wavs, lengths)
+        items = {i: wav for i, wav in items.items() if targets[i] is not None}
         if not items:
-            return texts
-        batch = nn.utils.rnn.pad_sequence(list(items.values()), batch_first=True)
+            return found
+        log_probs, frames = self._log_probs(list(items.values()))
+        chosen = [torch.tensor(targets[i], dtype=torch.long) for i in items]
+        losses = F.ctc_loss(
+            log_probs.double().transpose(0, 1),
+            torch.cat(chosen).to(wavs.device),
+            frames,
+            torch.tensor([len(target) for target in chosen], device=wavs.device),
+            reduction="none",
+        )
+        for i, loss in zip(items, losses.tolist()):
+            found[i] = (json_number(loss), len(targets[i]))
+        return found
+
+    def _encode(self, text):
+        try:
+            return self.tokenizer.encode(text)
+        except UserError:
+            return None
+
+    def _long_enough(self, wavs, lengths):
+        items = _finite_items(wavs, lengths)
+        return {i: w for i, w in items.items() if len(w) >= self.encoder.receptive_field}
+
+    def _log_probs(self, wavs):
+        """Log-probabilities [B, F, V] and frame lengths [B] of a list of waveforms [T]."""
+        batch = nn.utils.rnn.pad_sequence(wavs, batch_first=True)
         self.encoder.to(batch.device)
         self.head.to(batch.device)
         with torch.autocast(batch.device.type, enabled=False):
             states, frames = self.encoder.hidden_states(
-                batch, torch.tensor([len(w) for w in items.values()], device=batch.device)
+                batch, torch.tensor([len(w) for w in wavs], device=batch.device)
             )
-            heard = self.tokenizer.greedy(self.head(states, frames), frames)
-        for i, text in zip(items, heard):
-            texts[i] = text
-        return texts
+            return self.head(states, frames), frames
 
 
 class CTCHead(nn.Module):
@@ -399,6 +554,15 @@ def _finite_items(wavs, lengths):
         raise ValueError(f"a length of {int(lengths.max())} exceeds {wavs.shape[1]} samples")
     items = {i: wavs[i, :n].detach().float() for i, n in enumerate(lengths.tolist())}
     return {i: wav for i, wav in items.items() if len(wav) and torch.isfinite(wav).all()}
+
+
+def _texts(wavs, texts):
+    if len(texts) != len(wavs) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"a likelihood takes a transcript, a str, for each of {len(wavs)} waveforms, "
+            f"got {[type(text).__name__ for text in texts]}"
+        )
+    return texts
 
 
 def _read_config(folder):

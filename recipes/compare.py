@@ -78,7 +78,11 @@ def _parser():
         help="position diagnostics to show; default: position/ in the output folder")  # fmt: skip
     add("--intersect", action="store_true", help="compare on the utterances all runs share")
     add("--recognizer", metavar="NAME", help="whose WER is the main one; default: the first")
-    add("--dev_metric", metavar="NAME", help="dev score of convergence: wer, pesq, stoi, si_sdr")
+    add(
+        "--dev_metric",
+        metavar="NAME",
+        help="dev score of convergence: wer, nll, pesq, stoi, estoi, si_sdr",
+    )
     add("--replicates", type=int, default=9999, help="bootstrap replicates (%(default)s)")
     add("--confidence", type=float, default=0.95, help="of the intervals (%(default)s)")
     add("--seed_level", choices=("student", "resample"), default="student",

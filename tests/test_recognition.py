@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 import string
 from pathlib import Path
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from running import Parrot
 from safetensors.torch import load_file, save_file
 from synthetic import write_audio
 
+from pi_finetune import recognizers
 from pi_finetune.brains.recognition import (
     Augmentation,
     EncodedSpeech,
@@ -30,10 +33,12 @@ from pi_finetune.recognizers import (
     CTCRecognizer,
     PhonemeTokenizer,
     WhisperRecognizer,
+    gives_likelihood,
+    likelihoods,
     load_recognizer,
     save_recognizer,
 )
-from pi_finetune.results import metrics, recognizers
+from pi_finetune.results import metrics
 from pi_finetune.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,6 +240,124 @@ def test_multilingual_whisper_is_told_language_and_task(whisper_folder, tmp_path
     assert tokens.shape[0] == 1
     with pytest.raises(UserError, match="lacks xx"):
         WhisperRecognizer(str(folder), language="xx")
+
+
+# Likelihoods.
+
+TEXTS = ["ONE TWO", "THREE THREE, THREE", "", "It's four!"]
+
+
+def test_likelihood_in_a_batch_is_that_alone(recognizer, waves):
+    wavs, lengths = waves
+    found = recognizer.nll(wavs, lengths, TEXTS)
+    assert all(nll > 0 and math.isfinite(nll) for nll, _ in found)
+    padding = torch.arange(wavs.shape[1]) >= lengths[:, None]
+    assert recognizer.nll(wavs.masked_fill(padding, torch.nan), lengths, TEXTS) == found
+    for i, (nll, tokens) in enumerate(found):
+        (alone,) = recognizer.nll(
+            wavs[i : i + 1, : lengths[i]], lengths[i : i + 1], TEXTS[i : i + 1]
+        )
+        assert alone == (pytest.approx(nll, rel=1e-5), tokens)
+
+
+def test_likelihood_of_what_cannot_be_heard_is_none(recognizer, waves):
+    wavs, lengths = waves[0].clone(), waves[1].clone()
+    whole = recognizer.nll(wavs, lengths, TEXTS)
+    wavs[1, 50] = torch.nan
+    lengths[2] = 0
+    found = recognizer.nll(wavs, lengths, TEXTS)
+    assert [nll for nll, _ in found] == [
+        pytest.approx(whole[0][0], rel=1e-5), None, None, pytest.approx(whole[3][0], rel=1e-5)
+    ]  # fmt: skip
+    assert [tokens for _, tokens in found] == [tokens for _, tokens in whole]
+    assert recognizer.nll(wavs[1:2], lengths[1:2], TEXTS[1:2]) == [(None, whole[1][1])]
+
+
+def test_likelihood_wants_a_text_for_each_waveform(recognizer, waves):
+    with pytest.raises(ValueError, match="a transcript, a str, for each of 4"):
+        recognizer.nll(*waves, TEXTS[:3])
+    with pytest.raises(ValueError, match="NoneType"):
+        recognizer.nll(*waves, [*TEXTS[:3], None])
+
+
+def test_whispers_likelihood_is_transformers_own_loss(whisper_folder, waves):
+    recognizer = WhisperRecognizer(str(whisper_folder))
+    wavs, lengths = waves
+    found = recognizer.nll(wavs, lengths, TEXTS)
+    for wav, n, text, (nll, tokens) in zip(wavs, lengths, TEXTS, found):
+        features = recognizer.extractor([wav[:n].numpy()], sampling_rate=16000, return_tensors="pt")
+        spoken = " " + text.lower() if text.isupper() else f" {text}" if text else ""
+        labels = torch.tensor([recognizer.tokenizer(spoken).input_ids])
+        assert (
+            labels[0, 0] == recognizer.prompt[0] and labels[0, -1] == 256
+        )  # start and end of text
+        labels = labels[:, 1:]  # transformers puts the start in front of them
+        labels[0, 0] = -100  # "no timestamps" is given, not guessed
+        given = torch.tensor([[*recognizer.prompt, *recognizer.encode(text)[:-1]]])
+        loss = recognizer.model(**features, decoder_input_ids=given, labels=labels).loss
+        assert (nll / tokens, tokens) == (pytest.approx(float(loss), rel=1e-5), len(labels[0]) - 1)
+
+
+def test_whisper_takes_shouted_transcripts_in_lower_case(whisper_folder):
+    recognizer = WhisperRecognizer(str(whisper_folder))
+    assert recognizer.encode("IT'S  TWO") == recognizer.encode("it's two")
+    assert recognizer.encode("It's two") != recognizer.encode("it's two")
+    decoded = recognizer.tokenizer.decode(recognizer.encode("IT'S TWO"))
+    assert decoded == " it's two<|endoftext|>"
+    assert recognizer.encode(" ") == [recognizer.tokenizer.eos_token_id]
+
+
+def test_whisper_gives_no_likelihood_over_thirty_seconds_or_its_positions(whisper_folder, waves):
+    recognizer = WhisperRecognizer(str(whisper_folder))
+    wavs = waves[0][:1].repeat(1, 30)[:, : 31 * 16000]
+    limit = recognizer.model.config.max_target_positions
+    text = "a" * (limit - 2 - 1)  # two of the prompt, a blank; the end of text is not put in
+    lengths = torch.tensor([wavs.shape[1]])
+    assert recognizer.nll(wavs, lengths, ["a"]) == [(None, 3)]
+    (most,), (over,) = (recognizer.nll(wavs, lengths // 2, [t]) for t in (text, text + "a"))
+    assert most[0] > 0 and over == (None, limit)
+
+
+def test_ctc_likelihood_is_that_of_all_paths(ctc_folder, waves):
+    """Against the forward algorithm of Graves et al. (2006), written plainly in float64."""
+    recognizer = CTCRecognizer(ctc_folder)
+    wavs, lengths = waves
+    texts = ["ONE TWO", "SEE ALL", "", "A"]
+    for wav, n, text in zip(wavs, lengths, texts):
+        log_probs = recognizer._log_probs([wav[:n]])[0][0].double()
+        target = [0]
+        for index in recognizer.tokenizer.encode(text):
+            target += [index, 0]
+        paths = log_probs.new_full((len(target),), -torch.inf)
+        paths[:2] = log_probs[0, target[:2]]
+        for frame in log_probs[1:]:
+            before = paths.clone()
+            for i, token in enumerate(target):
+                ways = [before[j] for j in (i, i - 1) if j >= 0]
+                if i > 1 and token not in (0, target[i - 2]):
+                    ways.append(before[i - 2])
+                paths[i] = torch.logsumexp(torch.stack(ways), 0) + frame[token]
+        expected = -float(torch.logsumexp(paths[-2:], 0))
+        found = recognizer.nll(wav[None, :n], n[None], [text])
+        assert found == [(pytest.approx(expected, rel=1e-5), len(text))]
+
+
+def test_ctc_gives_no_likelihood_where_it_cannot_spell(ctc_folder, waves):
+    recognizer = CTCRecognizer(ctc_folder)
+    texts = ["TWO", "2", "TWO " * 100, "TWO"]
+    found = recognizer.nll(*waves, texts)
+    assert found[1:3] == [(None, 0), (None, 399)]
+    assert found[0][0] == pytest.approx(recognizer.nll(*waves, ["TWO"] * 4)[0][0], rel=1e-6)
+
+
+def test_likelihoods_are_fields_of_lines_where_there_are_any(recognizer, waves):
+    found = likelihoods(recognizer, *waves, [None, "TWO", None, "FOUR"])
+    assert [set(fields) for fields in found] == [set(), {"nll", "tokens"}, set(), {"nll", "tokens"}]
+    (nll, tokens) = recognizer.nll(*(part[1:2] for part in waves), ["TWO"])[0]
+    assert found[1] == {"nll": pytest.approx(nll, rel=1e-5), "tokens": tokens}
+    assert likelihoods(recognizer, *waves, [None] * 4) == [{}] * 4
+    assert not gives_likelihood(Parrot())
+    assert likelihoods(Parrot(), *waves, TEXTS) == [{}] * 4
 
 
 # Sources that cannot be loaded.

@@ -264,6 +264,63 @@ def test_another_recogniser_can_be_the_main_one(tmp_path):
         compare_runs([tmp_path], recognizer="kaldi", bootstrap=FEW)
 
 
+def likely(id_, nlls, **fields):
+    """A score line with the likelihood of eleven tokens under each recogniser."""
+    entry = line(id_, 1, **fields)
+    for name, nll in nlls.items():
+        entry["asr"][name] = {**line(id_, 1)["asr"]["ctc"], "nll": nll, "tokens": 11}
+    return entry
+
+
+def test_likelihood_is_a_metric_where_the_scores_hold_one(tmp_path):
+    write_run(tmp_path, "mse/1", [likely("a", {"ctc": 11.0}), likely("b", {"ctc": 33.0})])
+    lower = [likely("a", {"ctc": 5.5, "whisper": 22.0}), likely("b", {"ctc": 16.5, "whisper": 0.0})]
+    write_run(tmp_path, "soft_dtw/1", lower)
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    names = [metric.name for metric in comparison.metrics]
+    assert names == "wer nll pesq stoi estoi si_sdr wer_whisper nll_whisper".split()
+    assert [metric.name for metric in comparison.main_metrics] == names[:-2]
+    assert comparison.metrics[-1].label == "NLL (nats/token), whisper"
+    nll = comparison.scores["nll"]
+    assert (nll.mean("mse"), nll.mean("soft_dtw")) == (2.0, 1.0)
+    assert comparison.scores["nll_whisper"].mean("mse") is None
+    found = comparison.summary["nll"]["soft_dtw"].difference
+    assert found.estimate == -1.0 and found.p_improvement > 0.9  # lower is better
+    (row,) = (row for row in tables.run_rows(comparison) if row["strategy"] == "mse")
+    assert (row["nll"], row["failed_nll"]) == (2.0, 0)
+    assert "NLL (nats/token) ↓" in tables.summary_table(comparison, tables.markdown)
+
+
+def test_an_utterance_without_likelihood_is_left_out_of_every_row_and_is_counted(tmp_path):
+    nats = {"mse/1": (11.0, 33.0, 44.0), "soft_dtw/1": (22.0, None, 44.0)}
+    for name, values in nats.items():
+        write_run(tmp_path, name, [likely(i, {"ctc": v}) for i, v in zip("abc", values)])
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    nll = comparison.scores["nll"]
+    assert (nll.mean("mse"), nll.mean("soft_dtw"), nll.ids) == (2.5, 3.0, ["a", "c"])
+    assert nll.failed["soft_dtw", 1] == 1
+    assert any("nll: 1 of 3 utterances" in note for note in comparison.notes)
+
+
+def test_likelihoods_of_other_transcripts_are_refused(tmp_path):
+    for name, tokens in (("mse/1", 11), ("soft_dtw/1", 12)):
+        entry = likely("a", {"ctc": 5.0})
+        entry["asr"]["ctc"]["tokens"] = tokens
+        write_run(tmp_path, name, [entry])
+    with pytest.raises(UserError, match="11 tokens in mse/1 and 12 in soft_dtw/1"):
+        compare_runs([tmp_path], bootstrap=FEW)
+
+
+def test_dev_curves_of_likelihood(tmp_path):
+    for name, nlls in (("mse/1", (3.0, 2.0)), ("soft_dtw/1", (2.0, 1.5))):
+        valid = [{"update": 10 * i, "seconds": 1.0, "nll": nll} for i, nll in enumerate(nlls, 1)]
+        write_run(tmp_path, name, [line("a", 1)], valid)
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    assert comparison.dev_metric.label == "dev NLL (nats/token)"
+    assert comparison.convergence["soft_dtw"].updates == [10]
+    assert comparison.convergence["mse"].updates == [20]
+
+
 def test_phoneme_errors_are_called_so(tmp_path):
     entry = {"hits": 3, "substitutions": 1, "deletions": 0, "insertions": 0, "unit": "phoneme"}
     lines = [{**line(f"u{i}", 1), "asr": {"pr": entry}} for i in range(3)]

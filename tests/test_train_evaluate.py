@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from running import HPARAMS, ROOT, STRATEGIES, scores, validations
+from running import HPARAMS, ROOT, STRATEGIES, LikelyParrot, Parrot, scores, validations
 from safetensors.torch import load_file
 
 from pi_finetune.brains.enhancement import EnhancementBrain
@@ -159,6 +159,38 @@ def test_bad_input_is_one_clear_error_before_training(train, capsys, changes, me
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_likelihood_alone_can_choose_the_best_model(train, monkeypatch):
+    """It is there at every validation, and nothing is decoded for it."""
+
+    class Undecoded(LikelyParrot):
+        def __call__(self, wavs, lengths):
+            raise AssertionError("decoded")
+
+    monkeypatch.setattr(
+        "pi_finetune.results.evaluation.load_recognizer", lambda source: Undecoded()
+    )
+    run = train("mse", asr_source="any", select_by="nll", wer_every="null")
+    lines = validations(run)
+    assert len(lines) == 2 and all(line["nll"] > 1 / 3 and "wer" not in line for line in lines)
+    kept = [path.read_text() for path in (run / "save").glob("CKPT*/CKPT.yaml")]
+    assert all(any(f"selection: {line['nll']}" in text for text in kept) for line in lines)
+
+
+def test_likelihood_is_not_asked_of_a_recogniser_that_has_none(train, monkeypatch, capsys):
+    monkeypatch.setattr("pi_finetune.results.evaluation.load_recognizer", lambda source: Parrot())
+    for source in ("any", "null"):
+        with pytest.raises(SystemExit):
+            train("mse", asr_source=source, select_by="nll")
+        assert "select_by: nll needs a recogniser that gives" in capsys.readouterr().err
+
+
+def test_likelihood_is_in_every_score_line(evaluate, monkeypatch):
+    recognizer = LikelyParrot()
+    monkeypatch.setattr("pi_finetune.results.evaluation.load_recognizer", lambda source: recognizer)
+    for entry in scores(evaluate(["noisy"]) / "noisy/0"):
+        assert entry["asr"]["parrot"]["nll"] > 1 and entry["asr"]["parrot"]["tokens"] == 3
 
 
 def test_scores_of_all_systems_are_of_the_same_mixtures(train, evaluate):

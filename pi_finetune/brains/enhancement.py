@@ -10,6 +10,7 @@ from pi_finetune.diagnostics import training_scores
 from pi_finetune.distributed import gather_in_turn, rank
 from pi_finetune.enhancers import config_text, save_enhancer
 from pi_finetune.errors import UserError
+from pi_finetune.recognizers import gives_likelihood, likelihoods
 from pi_finetune.results import metrics
 from pi_finetune.seeding import perturbation_rngs
 
@@ -27,6 +28,11 @@ class EnhancementBrain(UpdateBrain):
         self.recognizer = next(iter(self.hparams.recognizers), None)
         if self.hparams.select_by == "wer" and self.recognizer is None:
             raise UserError("select_by: wer needs a recogniser; set asr_source or select_by.")
+        if self.hparams.select_by == "nll" and not gives_likelihood(self.recognizer):
+            raise UserError(
+                "select_by: nll needs a recogniser that gives likelihoods, one of "
+                "recipes/train_asr.py or a Whisper model; set asr_source or select_by."
+            )
         if self.debug:
             for module in self.modules.objective.modules():
                 if hasattr(module, "check_values"):
@@ -60,14 +66,18 @@ class EnhancementBrain(UpdateBrain):
         """Start the scores of a validation."""
         super().on_stage_start(stage, epoch)
         self.scores, self.examples, self.position = [], {}, {}
-        self.with_wer = self.recognizer is not None and (
-            epoch is None or epoch % self.hparams.wer_every == 0
+        every = self.hparams.wer_every
+        self.with_wer = (
+            self.recognizer is not None
+            and every is not None
+            and (epoch is None or epoch % every == 0)
         )
 
     def _score(self, enhanced, batch, lengths, losses):
         texts = [None] * len(lengths)
         if self.with_wer:
             texts = self.recognizer(enhanced, lengths)
+        nlls = likelihoods(self.recognizer, enhanced, lengths, batch.text)
         noisy, clean, enhanced = (
             wavs.float().cpu().numpy() for wavs in (batch.noisy.data, batch.clean.data, enhanced)
         )
@@ -77,6 +87,7 @@ class EnhancementBrain(UpdateBrain):
                 self.examples[batch.id[i]] = {kind: wav[i, :length] for kind, wav in wavs.items()}
             score = metrics.signal_scores(clean[i, :length], enhanced[i, :length])
             score["objective"] = float(losses[i])
+            score["likelihood"] = nlls[i]
             if self.with_wer and batch.text[i] is not None:
                 score["words"] = metrics.recognition_errors(
                     self.recognizer, batch.text[i], texts[i]
@@ -116,6 +127,12 @@ class EnhancementBrain(UpdateBrain):
                 summary[f"{name}_missing"] = missing
         if self.with_wer:
             summary["wer"] = metrics.wer(score.get("words") for score in self.scores)
+        likelihood = [score["likelihood"] for score in self.scores if score["likelihood"]]
+        if likelihood:
+            summary["nll"] = metrics.nll_per_token(likelihood)
+            missing = sum(fields["nll"] is None for fields in likelihood)
+            if missing:
+                summary["nll_missing"] = missing
         return {**summary, **self.position}
 
     def _selection(self, record):

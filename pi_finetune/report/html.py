@@ -165,7 +165,7 @@ def _speed(comparison, strategy):
 def _forest(comparison):
     """Charts of the differences in the main metrics, trained strategies only."""
     palette, charts = _palette(comparison), []
-    for metric in comparison.metrics[:5]:
+    for metric in comparison.main_metrics:
         rows = [
             (strategy, found.difference, palette[strategy])
             for strategy, found in comparison.summary[metric.name].items()
@@ -208,7 +208,7 @@ def breakdowns(comparison):
         if len(groups) < 2:
             continue
         found = Breakdown(title, [])
-        for metric in comparison.metrics[:5]:
+        for metric in comparison.main_metrics:
             if comparison.scores[metric.name].values:
                 table = _breakdown_table(comparison, metric, groups)
                 found.tables.append((metric.label, table))
@@ -270,9 +270,9 @@ def _breakdown_table(comparison, metric, groups):
 
 
 def _change(comparison, scores, system, mask):
-    """`` [Δ low, high]`` of WER in a group against the baseline; nothing for other metrics."""
-    base = comparison.baseline
-    if scores.metric.name != "wer" or system in (base, *UNTRAINED) or not scores.seeds(base):
+    """`` [Δ low, high]`` of what a recogniser heard, against the baseline; else nothing."""
+    base, metric = comparison.baseline, scores.metric
+    if metric.recognizer is None or system in (base, *UNTRAINED) or not scores.seeds(base):
         return ""
     values, weights = scores.resampling_units(system, mask)
     if not weights.sum():
@@ -280,8 +280,9 @@ def _change(comparison, scores, system, mask):
     reference, _ = scores.resampling_units(base, mask)
     paired = scores.seeds(system) == scores.seeds(base)
     d = comparison.bootstrap.difference(values, reference, weights, False, paired)
-    interval = tables.interval_text(d, 1).strip(" []")
-    return f" [Δ {tables.signed(d.estimate, 1)}: {interval}]" if interval else ""
+    digits = metric.digits - 1
+    interval = tables.interval_text(d, digits).strip(" []")
+    return f" [Δ {tables.signed(d.estimate, digits)}: {interval}]" if interval else ""
 
 
 def _snr_chart(comparison, groups, snrs):

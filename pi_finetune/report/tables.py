@@ -55,17 +55,17 @@ def write_tables(comparison, folder):
 
 
 def run_rows(comparison):
-    """A dict per run: ``strategy, seed, wer, pesq, stoi, estoi, si_sdr`` and more; None: missing.
+    """A dict per run: ``strategy, seed``, every metric by its name, and counts; None: missing.
 
     ``wer`` is in percent. ``utterances`` and ``words`` are what WER is over; ``failed_METRIC``
     counts scores that could not be computed.
     """
     wer = comparison.scores["wer"]
-    extra = [m.name for m in comparison.metrics if m.name.startswith("wer_")]
+    names = [metric.name for metric in comparison.metrics]
     rows = []
     for strategy, seed in comparison.expected:
         row = {"strategy": strategy, "seed": seed}
-        for name in ("wer", "pesq", "stoi", "estoi", "si_sdr", *extra):
+        for name in names:
             row[name] = _rounded(comparison.scores[name].mean(strategy, seed))
         lines = comparison.records.get((strategy, seed))
         row["utterances"] = len(lines) if lines else None

@@ -9,6 +9,7 @@ import numpy as np
 from pi_finetune.errors import UserError
 from pi_finetune.results.runs import UNTRAINED, Run, common_utterances, load_runs, rank
 from pi_finetune.results.scores import (
+    LIKELIHOOD,
     SIGNAL_METRICS,
     Metric,
     MetricScores,
@@ -32,7 +33,7 @@ FEW_RECORDINGS = 20
 #: Dev scores in which runs may converge, the preferred first.
 DEV_METRICS = (
     Metric("wer", "dev WER (%)", False, 2),
-    *(replace(metric, label=f"dev {metric.label}") for metric in SIGNAL_METRICS),
+    *(replace(m, label=f"dev {m.label}") for m in (LIKELIHOOD, *SIGNAL_METRICS)),
 )
 
 
@@ -100,6 +101,12 @@ class Comparison:
     def systems(self):
         """Names of the systems that have scores, in the order of tables."""
         return list(dict.fromkeys(run.strategy for run in self.runs if run.scores))
+
+    @property
+    def main_metrics(self):
+        """The metrics less those of further recognisers."""
+        main = self.metrics[0].recognizer
+        return [metric for metric in self.metrics if metric.recognizer in (None, main)]
 
     @property
     def records(self):

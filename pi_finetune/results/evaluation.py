@@ -17,7 +17,7 @@ from pi_finetune.distributed import on_main, processes, rank
 from pi_finetune.enhancers import WEIGHTS_FILE
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
-from pi_finetune.recognizers import load_recognizer
+from pi_finetune.recognizers import likelihoods, load_recognizer
 from pi_finetune.results import metrics
 
 
@@ -128,7 +128,10 @@ def evaluate_system(
             wavs = batch.noisy.data.to(device)
             if enhancer is not None:
                 wavs = enhancer(wavs, lengths)
-            texts = [(r, r(wavs, lengths)) for r in recognizers]
+            heard = [
+                (r, r(wavs, lengths), likelihoods(r, wavs, lengths, batch.text))
+                for r in recognizers
+            ]
             sizes = lengths.tolist()
             estimates = [wav[:n] for wav, n in zip(wavs.cpu().numpy(), sizes)]
             references = [wav[:n] for wav, n in zip(batch.clean.data.numpy(), sizes)]
@@ -144,8 +147,8 @@ def evaluate_system(
                     "duration": round(sizes[i] / SAMPLE_RATE, 4),
                     **signal,
                     "asr": {
-                        r.name: metrics.recognition_errors(r, reference, text[i])
-                        for r, text in texts
+                        r.name: {**metrics.recognition_errors(r, reference, texts[i]), **nlls[i]}
+                        for r, texts, nlls in heard
                         if reference is not None
                     },
                 }

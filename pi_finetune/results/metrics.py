@@ -338,6 +338,29 @@ def wer(records):
     return 100 * errors / words if words else None
 
 
+def nll_per_token(records):
+    """Negative log-likelihood of a set's transcripts in nats a token: all nats over all tokens.
+
+    Arguments
+    ---------
+    records : iterable of dict
+        Of :func:`pi_finetune.recognizers.likelihoods`; those without a likelihood are passed over.
+
+    Returns
+    -------
+    float or None
+        None where no record has one.
+
+    Example
+    -------
+    >>> nll_per_token([{"nll": 6.0, "tokens": 3}, {"nll": None, "tokens": 9}, {}])
+    2.0
+    """
+    records = [record for record in records if record.get("nll") is not None]
+    tokens = sum(record["tokens"] for record in records)
+    return sum(record["nll"] for record in records) / tokens if tokens else None
+
+
 def _pair(reference, estimate):
     reference, estimate = np.asarray(reference, np.float64), np.asarray(estimate, np.float64)
     if reference.ndim != 1 or reference.shape != estimate.shape:

@@ -270,6 +270,12 @@ def _check_same_mixtures(first, other, ids, same_sets):
                     f"{id_}: the reference has {counts[0]} words in {first.name} and {counts[1]} "
                     f"in {other.name} ({name}). Evaluate both with the same transcripts."
                 )
+            tokens = [line["asr"][name].get("tokens") for line in (a, b) if line["asr"][name]]
+            if None not in tokens and len(set(tokens)) > 1:
+                raise UserError(
+                    f"{id_}: the transcript has {tokens[0]} tokens in {first.name} and {tokens[1]} "
+                    f"in {other.name} ({name}). Evaluate both with the same recogniser."
+                )
     prints = (first.fingerprint, other.fingerprint)
     if same_sets and None not in prints and prints[0] != prints[1]:
         raise UserError(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,19 +27,24 @@ SIGNAL_METRICS = (
     Metric("estoi", "ESTOI", True, 4),
     Metric("si_sdr", "SI-SDR (dB)", True, 2),
 )
+#: Of the true transcript under a recogniser, whose tokens are Whisper's, characters or phonemes.
+LIKELIHOOD = Metric("nll", "NLL (nats/token)", False, 3)
 
 
 def metrics_of(runs, recognizer=None):
-    """The metrics that the runs can be compared by: WER, the signal metrics, further WERs.
+    """The metrics that the runs can be compared by: those of the main recogniser, the signal
+    metrics, those of further recognisers.
 
-    A recogniser of phonemes has a phoneme error rate (PER) under the same name.
+    A recogniser has a word error rate and, where the scores hold one, the negative log-likelihood
+    of the true transcripts (``nll``). One of phonemes has a phoneme error rate (PER) as ``wer``.
 
     Arguments
     ---------
     runs : list of Run
         Those with scores.
     recognizer : str, optional
-        Whose WER is called ``wer``. Default: the first in the scores. The others' are ``wer_NAME``.
+        Whose metrics are called ``wer`` and ``nll``. Default: the first in the scores. The others'
+        are ``wer_NAME`` and ``nll_NAME``.
 
     Returns
     -------
@@ -50,23 +55,33 @@ def metrics_of(runs, recognizer=None):
     UserError
         No score is by that recogniser.
     """
-    units = {}
+    units, likely = {}, set()
     for run in runs:
         for line in run.scores.values():
             for name, entry in (line.get("asr") or {}).items():
                 units[name] = (entry or {}).get("unit", "word")
+                if "nll" in (entry or {}):
+                    likely.add(name)
     names = list(units)
     if recognizer is not None:
         if recognizer not in names:
             there = ", ".join(names) or "none"
             raise UserError(f"No score is by the recogniser {recognizer!r}; there is {there}.")
         names.sort(key=lambda name: name != recognizer)
-    wers = []
-    for name in names:
-        rate = "PER (%)" if units[name] == "phoneme" else "WER (%)"
-        key, label = (f"wer_{name}", f"{rate}, {name}") if wers else ("wer", rate)
-        wers.append(Metric(key, label, False, 2, name))
-    return [*(wers[:1] or [Metric("wer", "WER (%)", False, 2)]), *SIGNAL_METRICS, *wers[1:]]
+    main, *others = [_recognition(name, units[name], name in likely) for name in names] or [
+        [Metric("wer", "WER (%)", False, 2)]
+    ]
+    others = [
+        replace(m, name=f"{m.name}_{m.recognizer}", label=f"{m.label}, {m.recognizer}")
+        for group in others
+        for m in group
+    ]
+    return [*main, *SIGNAL_METRICS, *others]
+
+
+def _recognition(name, unit, likely):
+    rate = Metric("wer", "PER (%)" if unit == "phoneme" else "WER (%)", False, 2, name)
+    return [rate, replace(LIKELIHOOD, recognizer=name)] if likely else [rate]
 
 
 def recording(utterance):
@@ -79,8 +94,9 @@ class MetricScores:
     """One metric of every run that has it, over the same utterances.
 
     ``values[strategy, seed]`` [U] are numerators and ``weights`` [U] denominators: a run's score is
-    the ratio of their sums. For WER these are 100 x errors and reference words, for a signal metric
-    its value and 1. ``failed`` counts, for every run, the scores that could not be computed.
+    the ratio of their sums. For WER these are 100 x errors and reference words, for the likelihood
+    nats and tokens, for a signal metric its value and 1. ``failed`` counts, for every run, the
+    scores that could not be computed.
     """
 
     metric: Metric
@@ -172,10 +188,12 @@ def metric_scores(runs, ids, metric, notes=None):
 
 def _score(line, metric):
     """(numerator, denominator) of one utterance, or None."""
-    if metric.name.startswith("wer"):
+    if metric.name.startswith(("wer", "nll")):
         entry = (line.get("asr") or {}).get(metric.recognizer)
         if not entry:
             return None
+        if metric.name.startswith("nll"):
+            return None if entry.get("nll") is None else (entry["nll"], entry["tokens"])
         errors = entry["substitutions"] + entry["deletions"] + entry["insertions"]
         return 100.0 * errors, reference_words(entry)
     value = line.get(metric.name)
