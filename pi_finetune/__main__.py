@@ -21,7 +21,7 @@ import textwrap
 
 from pi_finetune import __version__
 from pi_finetune.errors import UserError, command
-from pi_finetune.files import PROJECT_ROOT
+from pi_finetune.files import PROJECT_ROOT, shown
 
 OVERVIEW_EXAMPLES = """examples:
   pi-finetune train soft_dtw --data_folder LibriSpeech --noise_folder noise
@@ -312,7 +312,7 @@ def run_enhance(options):
 
     def seconds(path):
         try:
-            return soundfile.info(path).duration
+            return soundfile.info(os.fsencode(path)).duration
         except (OSError, RuntimeError, TypeError):
             return 0  # named when its turn comes
 
@@ -323,14 +323,16 @@ def run_enhance(options):
     )
     with tqdm(total=total, bar_format=layout, disable=None) as bar:
         for source, target in pairs:
-            bar.set_description(source.name)
+            bar.set_description(shown(source.name))
             try:
-                enhancer.enhance_file(source, target, options.mix, progress=bar.update)
+                written = enhancer.enhance_file(source, target, options.mix, progress=bar.update)
+                if written.notice:
+                    tqdm.write(f"warning: {written.notice}", file=sys.stderr)
             except (UserError, torch.OutOfMemoryError) as error:
                 failures.append(source)
                 tqdm.write(f"error: {error}", file=sys.stderr)
     done = len(pairs) - len(failures)
-    print(f"{done} of {len(pairs)} files enhanced: {options.output}")
+    print(f"{done} of {len(pairs)} files enhanced: {shown(options.output)}")
     return 1 if failures else 0
 
 

@@ -9,16 +9,21 @@ model can see, and are joined by a cross-fade. So memory does not grow with the
 length, and for a model of finite reach the chunks leave no trace.
 """
 
+import io
 import math
+import os
 import re
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
 from huggingface_hub import snapshot_download
-from scipy.signal import resample_poly
+from scipy.ndimage import maximum_filter1d
 
+from pi_finetune.data.audio import limit, resample
 from pi_finetune.enhancers import (
     CONFIG_FILE,
     SAMPLE_RATE,
@@ -27,7 +32,7 @@ from pi_finetune.enhancers import (
     load_enhancer,
 )
 from pi_finetune.errors import UserError
-from pi_finetune.files import PROJECT_ROOT, replacing
+from pi_finetune.files import PROJECT_ROOT, replacing, shown, why_not_written
 
 #: The shipped model.
 DEFAULT_MODEL = PROJECT_ROOT / "assets" / "models" / "enhancer"
@@ -38,6 +43,48 @@ UNBOUNDED_CONTEXT = 5
 # A channel of a chunk takes about 0.3 GB in the shipped model; more rows go one group at a time.
 _ROWS = 4
 _OPUS = (".opus", "OGG", "OPUS")  # a suffix that libsndfile does not map by itself
+
+# Integer encodings by bits; a container has one of the two of 8 bits.
+_PCM = {8: ("PCM_U8", "PCM_S8"), 16: ("PCM_16",), 24: ("PCM_24",), 32: ("PCM_32",)}
+
+# Digital silence this far from any sound stays silence, whatever the model makes of it.
+_SILENCE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Written:
+    """What :meth:`Enhancer.enhance_file` wrote.
+
+    Attributes
+    ----------
+    path : Path
+    format, subtype : str
+        Of libsndfile, e.g. ``WAV`` and ``PCM_16``.
+    peak : float
+        Largest absolute sample of the enhanced signal; full scale is 1.
+    limited : bool
+        Whether :func:`~pi_finetune.data.audio.limit` bent samples near and above full scale.
+    wanted : str
+        The subtype that would have been written, had the peak been within full scale.
+    """
+
+    path: Path
+    format: str
+    subtype: str
+    peak: float
+    limited: bool
+    wanted: str
+
+    @property
+    def notice(self):
+        """What a user should know of a signal over full scale; None where there is nothing."""
+        if self.limited:
+            what = f"a limiter bent what is near and above it, since {self.format} has no float"
+        elif self.subtype != self.wanted:
+            what = f"written as {self.subtype}, which holds it, instead of {self.wanted}"
+        else:
+            return None
+        return f"{shown(self.path)}: the peak is {self.peak:.2f} times full scale; {what}."
 
 
 class Enhancer:
@@ -133,7 +180,12 @@ class Enhancer:
         """Enhance an audio file into another, at constant memory.
 
         The output has the length, rate and channels of the input, and its sample format
-        where the output's file type has that. It appears only once it is complete.
+        where the output's file type has that, else the nearest PCM. It appears only once it is
+        complete.
+
+        Nothing is clipped. A signal that exceeds full scale is written as 32-bit float where the
+        file type has that (WAV, AIFF, ...); elsewhere (FLAC, MP3, Ogg) a limiter without memory
+        bends what is near and above full scale. Either is said in what is returned.
 
         Arguments
         ---------
@@ -144,6 +196,11 @@ class Enhancer:
         progress : callable, optional
             Called with the seconds that were finished since the last call.
 
+        Returns
+        -------
+        Written
+            Format, peak, and whether it was limited.
+
         Raises
         ------
         UserError
@@ -152,26 +209,39 @@ class Enhancer:
         """
         source, target = Path(source), Path(target)
         if target.exists() and source.exists() and target.samefile(source):
-            raise UserError(f"{target} is the input itself: choose another output.")
+            raise UserError(f"{shown(target)} is the input itself: choose another output.")
         with _open(source) as reader:
-            rate = reader.samplerate
-            kind, subtype = _output_format(target, reader)
+            rate, channels = reader.samplerate, reader.channels
+            kind, wanted = _output_format(target, reader)
             read = _reader(reader, source)
             try:
-                with (
-                    replacing(target) as temporary,
-                    soundfile.SoundFile(
-                        temporary, "w", rate, reader.channels, subtype, format=kind
-                    ) as writer,
-                ):
+                # The peak is known at the end only, so the samples wait in a file without a name.
+                with _scratch(target) as scratch:
+                    peak = 0.0
                     for piece in self._stream(read, rate, mix):
-                        # By seconds: libsndfile's Vorbis encoder overflows its stack on long ones.
-                        for start in range(0, piece.shape[1], rate):
-                            writer.write(piece[:, start : start + rate].T)
+                        peak = max(peak, float(np.abs(piece).max(initial=0)))
+                        scratch.write(piece.T.astype(np.float32).tobytes())
                         if progress:
                             progress(piece.shape[1] / rate)
-            except (OSError, soundfile.LibsndfileError) as error:
-                raise UserError(f"Cannot write {target}: {error}") from error
+                    over = peak > 1 and wanted not in ("FLOAT", "DOUBLE")
+                    floats = over and _can_write(kind, "FLOAT", rate, channels)
+                    subtype = "FLOAT" if floats else wanted
+                    written = Written(target, kind, subtype, peak, over and not floats, wanted)
+                    scratch.seek(0)
+                    with (
+                        replacing(target) as temporary,
+                        soundfile.SoundFile(
+                            os.fsencode(temporary), "w", rate, channels, subtype, format=kind
+                        ) as writer,
+                    ):
+                        # By seconds: libsndfile's Vorbis encoder overflows its stack on long ones.
+                        while block := scratch.read(4 * rate * channels):
+                            piece = np.frombuffer(block, np.float32).reshape(-1, channels)
+                            writer.write(limit(piece) if written.limited else piece)
+            except (OSError, AssertionError, soundfile.LibsndfileError) as error:
+                # soundfile asserts that all was written, and where the disk is full it was not.
+                raise UserError(why_not_written(target, error)) from error
+        return written
 
     def _stream(self, read, rate, mix):
         """Yield pieces [C, n] of what ``read(frames) -> [C, <= frames]`` gives, enhanced."""
@@ -212,12 +282,15 @@ class Enhancer:
         """Enhance rows [C, T] at ``rate`` Hz in one go."""
         groups = []
         for rows in np.array_split(window, -(-len(window) // _ROWS)):
-            wavs = torch.from_numpy(np.ascontiguousarray(_resample(rows, rate, SAMPLE_RATE)))
+            wavs = torch.from_numpy(np.ascontiguousarray(resample(rows, rate, SAMPLE_RATE)))
             wavs = wavs.to(self.device)
             lengths = torch.full((len(wavs),), wavs.shape[1], device=self.device)
             enhanced = self.module(wavs, lengths).float().cpu().numpy()
-            groups.append(_resample(enhanced, SAMPLE_RATE, rate)[:, : window.shape[1]])
-        return np.concatenate(groups)
+            groups.append(resample(enhanced, SAMPLE_RATE, rate)[:, : window.shape[1]])
+        # No wider than the context, so that chunks agree.
+        reach = int(min(_SILENCE_SECONDS, self.context_seconds) * rate)
+        heard = maximum_filter1d(np.abs(window), 2 * reach + 1, axis=1, mode="constant") > 0
+        return np.concatenate(groups) * heard
 
 
 def find_model(source):
@@ -307,24 +380,16 @@ def output_paths(inputs, output):
     return pairs
 
 
-def _resample(rows, rate, new_rate):
-    """Resample rows [C, T]; polyphase, so that odd rates need no huge filter bank."""
-    common = math.gcd(rate, new_rate)
-    if rate == new_rate:
-        return rows
-    return resample_poly(rows, new_rate // common, rate // common, axis=1).astype(np.float32)
-
-
 def _open(path):
     try:
-        reader = soundfile.SoundFile(path)
+        reader = soundfile.SoundFile(os.fsencode(path))  # bytes: a name need not be UTF-8
     except (OSError, RuntimeError, TypeError) as error:  # TypeError: raw data without a header
         if not path.is_file():
-            raise UserError(f"There is no file {path}.") from None
-        raise UserError(f"{path} cannot be read as audio: {error}") from error
+            raise UserError(f"There is no file {shown(path)}.") from None
+        raise UserError(f"{shown(path)} cannot be read as audio: {error}") from error
     if reader.frames == 0:
         reader.close()
-        raise UserError(f"{path} holds no samples.")
+        raise UserError(f"{shown(path)} holds no samples.")
     return reader
 
 
@@ -335,9 +400,11 @@ def _reader(reader, path):
         try:
             block = reader.read(frames, dtype="float32", always_2d=True).T
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be read to its end: {error}") from error
+            raise UserError(f"{shown(path)} cannot be read to its end: {error}") from error
         if not np.isfinite(block).all():
-            raise UserError(f"{path} holds samples that are NaN or infinite: repair it first.")
+            raise UserError(
+                f"{shown(path)} holds samples that are NaN or infinite: repair it first."
+            )
         return block
 
     return read
@@ -353,16 +420,44 @@ def _suffix_kind(path):
 
 
 def _output_format(target, reader):
-    """Format and subtype to write ``target`` in, those of the input where possible."""
+    """Format and subtype to write ``target`` in: those of the input, or the nearest there is."""
     kind = _suffix_kind(target)
     if kind is None:
         raise UserError(
-            f"{target} has no suffix of an audio format: use .wav, .flac, .ogg, .opus or .mp3."
+            f"{shown(target)} has no suffix of an audio format: use .wav, .flac, .ogg, .opus or "
+            ".mp3."
         )
     kind, subtype = kind
-    if subtype is None:
-        same = soundfile.check_format(kind, reader.subtype)
-        subtype = reader.subtype if same else soundfile.default_subtype(kind)
+    if subtype is not None:
+        choices = [subtype]
+    else:
+        named = re.fullmatch(r"(?:PCM|ALAC)_[US]?(\d+)", reader.subtype)
+        # Codecs that lose something anyway are decoded to what they were made from, 16 bits.
+        bits = int(named[1]) if named else 24 if reader.subtype in ("FLOAT", "DOUBLE") else 16
+        depths = sorted(_PCM, key=lambda depth: (depth < bits, abs(depth - bits)))
+        pcm = [subtype for depth in depths for subtype in _PCM[depth]]
+        choices = [reader.subtype, *pcm, soundfile.default_subtype(kind)]
+    for subtype in choices:
+        if _can_write(kind, subtype, reader.samplerate, reader.channels):
+            return kind, subtype
+    raise UserError(
+        f"Cannot write {shown(target)}: {kind} {choices[-1]} takes no {reader.channels} channels "
+        f"at {reader.samplerate} Hz. Choose another suffix, e.g. .wav or .flac."
+    )
+
+
+def _can_write(kind, subtype, rate, channels):
+    """Whether libsndfile can; tried, for it says of some formats that it can and then fails."""
     if not soundfile.check_format(kind, subtype):
-        raise UserError(f"libsndfile cannot write {target} as {kind} {subtype}.")
-    return kind, subtype
+        return False
+    try:
+        soundfile.SoundFile(io.BytesIO(), "w", rate, channels, subtype, format=kind).close()
+    except soundfile.LibsndfileError:
+        return False
+    return True
+
+
+def _scratch(target):
+    """A file without a name on the disk of ``target``, gone when it is closed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryFile(dir=target.parent)

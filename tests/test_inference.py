@@ -1,7 +1,11 @@
 """Enhancing recordings: formats, chunks, memory, interruption, the command line."""
 
+import errno
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -11,6 +15,7 @@ import torch
 
 from pi_finetune import __main__ as cli
 from pi_finetune import inference
+from pi_finetune.data import audio
 from pi_finetune.enhancers import ConvTasNet, MaskEnhancer, save_enhancer
 from pi_finetune.errors import UserError
 from pi_finetune.inference import Enhancer, output_paths
@@ -60,6 +65,28 @@ class Scale(torch.nn.Module):
         return 0.5 * wavs
 
 
+class Gain(torch.nn.Module):
+    """Louder by a factor."""
+
+    context = 4000
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, wavs, lengths):
+        return self.factor * wavs
+
+
+class Hum(torch.nn.Module):
+    """Adds a tone to whatever it is given."""
+
+    context = RATE
+
+    def forward(self, wavs, lengths):
+        return wavs + 0.1 * torch.sin(0.1 * torch.arange(wavs.shape[1]))
+
+
 def speechlike(seconds, rate=RATE, channels=None, seed=0):
     """Noise below 3 kHz of changing level, within [-1, 1]: [T] or [T, C]."""
     rng = np.random.default_rng(seed)
@@ -103,10 +130,10 @@ class TestWaveforms:
     def test_other_rates(self, module, enhancer, rate):
         """As when the whole is resampled, enhanced and resampled back."""
         wav = speechlike(5.7, rate)
-        low = inference._resample(wav[None], rate, RATE)
+        low = audio.resample(wav[None], rate, RATE)
         with torch.inference_mode():
             whole = module(torch.from_numpy(low).float())[0].numpy()
-        expected = inference._resample(whole[None], RATE, rate)[0, : len(wav)]
+        expected = audio.resample(whole[None], RATE, rate)[0, : len(wav)]
         assert relative(enhancer.enhance(wav, rate), expected) < 1e-3
 
     def test_rows_by_themselves(self, enhancer):
@@ -132,6 +159,18 @@ class TestWaveforms:
         assert enhancer.enhance(torch.zeros(0)).shape == (0,)
         assert enhancer.enhance(torch.zeros(2, 0)).shape == (2, 0)
         assert (enhancer.enhance(torch.zeros(40000)) == 0).all()
+
+    def test_silence_stays_silence_whatever_the_model_adds(self):
+        enhancer = Enhancer(Hum(), device="cpu", chunk_seconds=2)
+        assert (enhancer.enhance(torch.zeros(2, 5 * RATE)) == 0).all()
+        wav = torch.zeros(9 * RATE)
+        wav[4 * RATE : 5 * RATE] = 0.1
+        heard = slice(4 * RATE - RATE // 2, 5 * RATE + RATE // 2)
+        for chunk_seconds in (2, 20):
+            enhanced = Enhancer(Hum(), device="cpu", chunk_seconds=chunk_seconds).enhance(wav)
+            assert (enhanced[heard] != 0).float().mean() > 0.99
+            enhanced[heard] = 0
+            assert (enhanced == 0).all()
 
     @pytest.mark.parametrize(
         ("wav", "options", "message"),
@@ -204,9 +243,94 @@ class TestFiles:
         assert (soundfile.read(tmp_path / "out.flac", dtype="int16")[0] == wav).all()
 
     def test_subtype_that_the_target_lacks(self, enhancer, tmp_path):
-        soundfile.write(tmp_path / "in.wav", speechlike(0.5), RATE, "FLOAT")
-        enhancer.enhance_file(tmp_path / "in.wav", tmp_path / "out.flac")
-        assert soundfile.info(tmp_path / "out.flac").subtype == "PCM_16"
+        """The nearest PCM, also where libsndfile claims more than it can (MPEG audio in WAV)."""
+        for source, target, subtype in (
+            (("in.wav", "FLOAT", "WAV"), "out.flac", "PCM_24"),
+            (("in.wav", "PCM_U8", "WAV"), "out.flac", "PCM_S8"),
+            (("in.flac", "PCM_S8", "FLAC"), "out.wav", "PCM_U8"),
+            (("in.wav", "PCM_32", "WAV"), "out.flac", "PCM_24"),
+            (("in.mp3", "MPEG_LAYER_III", "MP3"), "out.wav", "PCM_16"),
+            (("in.ogg", "VORBIS", "OGG"), "out.wav", "PCM_16"),
+            (("in.ogg", "OPUS", "OGG"), "out.flac", "PCM_16"),
+            (("in.wav", "PCM_24", "WAV"), "out.ogg", "VORBIS"),
+            (("in.wav", "PCM_24", "WAV"), "out.mp3", "MPEG_LAYER_III"),
+        ):
+            name, encoding, kind = source
+            soundfile.write(tmp_path / name, speechlike(0.5), RATE, encoding, format=kind)
+            written = enhancer.enhance_file(tmp_path / name, tmp_path / target)
+            assert soundfile.info(tmp_path / target).subtype == subtype == written.subtype
+            assert written.notice is None
+
+    def test_over_full_scale_is_kept_as_float(self, tmp_path):
+        wav = 2.5 * speechlike(5.3)  # half of it has a peak of 0.625
+        wav[3 * RATE] = 3.0
+        soundfile.write(tmp_path / "in.wav", wav, RATE, "FLOAT")
+        loud = Enhancer(Scale(), device="cpu", chunk_seconds=1)
+        written = loud.enhance_file(tmp_path / "in.wav", tmp_path / "out.wav")
+        assert written.notice is None and written.peak == pytest.approx(1.5)
+
+        soundfile.write(tmp_path / "in.wav", speechlike(5.3), RATE)
+        loud = Enhancer(Gain(6), device="cpu", chunk_seconds=1)
+        written = loud.enhance_file(tmp_path / "in.wav", tmp_path / "out.wav")
+        assert "peak is 3.00 times full scale; written as FLOAT" in written.notice
+        assert soundfile.info(tmp_path / "out.wav").subtype == "FLOAT"
+        heard = soundfile.read(tmp_path / "out.wav")[0]
+        assert relative(heard, 6 * soundfile.read(tmp_path / "in.wav")[0]) < 1e-6
+
+    @pytest.mark.parametrize("suffix", ["flac", "mp3", "ogg"])
+    def test_over_full_scale_is_limited_where_there_is_no_float(self, tmp_path, suffix):
+        soundfile.write(tmp_path / "in.wav", speechlike(5.3), RATE)
+        loud = Enhancer(Gain(3), device="cpu", chunk_seconds=1)
+        target = tmp_path / f"out.{suffix}"
+        written = loud.enhance_file(tmp_path / "in.wav", target)
+        assert written.limited and "a limiter bent" in written.notice
+        heard = soundfile.read(target)[0]
+        linear = 3 * soundfile.read(tmp_path / "in.wav")[0]
+        if suffix == "flac":
+            quiet = np.abs(linear) < 0.8
+            assert np.abs(heard - linear)[quiet].max() < 1e-4
+            assert 0.98 < np.abs(heard).max() < 1
+            # Bent, not clipped: different samples stay different.
+            loudest = np.abs(linear) > 1.2
+            assert len(np.unique(heard[loudest])) > 0.5 * loudest.sum()
+            assert np.abs(heard - audio.limit(linear)).max() < 1e-4
+        else:
+            assert np.corrcoef(heard, audio.limit(linear))[0, 1] > 0.9
+
+    def test_limiter_is_smooth_and_leaves_the_rest(self):
+        wav = np.linspace(-4, 4, 80001)
+        bent = audio.limit(wav)
+        assert (bent == np.where(np.abs(wav) <= 0.8, wav, bent)).all()
+        assert np.abs(bent).max() <= 1 and (np.diff(bent) >= 0).all()
+        assert np.abs(np.diff(bent, 2)).max() < 1e-6  # no corner
+
+    def test_a_name_that_is_not_utf8(self, enhancer, tmp_path):
+        name = os.fsdecode(b"caf\xe9.wav")
+        soundfile.write(os.fsencode(tmp_path / name), speechlike(0.5), RATE, format="WAV")
+        enhancer.enhance_file(tmp_path / name, tmp_path / "out" / name)
+        assert os.listdir(os.fsencode(tmp_path / "out")) == [b"caf\xe9.wav"]
+
+    @pytest.mark.parametrize("full", ["scratch", "target"])
+    def test_full_disk_says_what_to_do(self, enhancer, tmp_path, monkeypatch, full):
+        """libsndfile calls it "System error."; the disk is then looked at."""
+        soundfile.write(tmp_path / "in.wav", speechlike(0.5), RATE)
+        if full == "scratch":
+
+            def refuse(target):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            monkeypatch.setattr(inference, "_scratch", refuse)
+        else:
+
+            def fail(*_):
+                raise soundfile.LibsndfileError(2)
+
+            monkeypatch.setattr(soundfile.SoundFile, "write", fail)
+            usage = shutil.disk_usage(tmp_path)._replace(free=4096)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(UserError, match=r"out\.wav: the disk of .* is full\. Free space"):
+            enhancer.enhance_file(tmp_path / "in.wav", tmp_path / "out.wav")
+        assert os.listdir(tmp_path) == ["in.wav"]
 
     def test_ten_minutes_at_constant_memory(self, tmp_path):
         source, target, model = tmp_path / "long.wav", tmp_path / "out.wav", Scale()
@@ -232,7 +356,6 @@ class TestFiles:
         target.write_bytes(b"an older result")
 
         def fail():
-            assert list(tmp_path.glob("out.wav.*.part"))  # it was being written
             raise error
 
         with pytest.raises(error):
@@ -262,7 +385,7 @@ class TestFiles:
         for name, message in (
             ("in.wav", "is the input itself"),
             ("out.xyz", "no suffix of an audio format"),
-            ("out.opus", "Cannot write .*out.opus"),  # Opus has no 44.1 kHz
+            ("out.opus", "Cannot write .*out.opus: OGG OPUS takes no 1 channels at 44100 Hz"),
             ("file/out.wav", "Cannot write .*out.wav"),
         ):
             with pytest.raises(UserError, match=message):
@@ -331,6 +454,25 @@ class TestCommandLine:
         assert cli.main([*arguments, "--skip-existing"]) == 1
         assert "0 of 1 files" in capsys.readouterr().out
         assert (tmp_path / "out" / "a.wav").stat().st_mtime_ns == first
+
+    def test_a_name_that_is_not_utf8_does_not_stop_the_others(self, tmp_path, run):
+        folder = os.fsencode(tmp_path / "in")
+        os.mkdir(folder)
+        for name in (b"caf\xe9.wav", b"plain.wav", b"bad\xff.wav"):
+            soundfile.write(folder + b"/" + name, speechlike(0.3), RATE, format="WAV")
+        with open(folder + b"/bad\xff.wav", "wb") as file:
+            file.write(b"no audio")
+        words = ["enhance", folder, "-o", os.fsencode(tmp_path / "out\udce9"), "--model", str(run)]
+        done = subprocess.run(
+            [sys.executable, "-m", "pi_finetune", *words], capture_output=True, check=False
+        )
+        assert done.returncode == 1, done.stderr.decode()
+        assert b"2 of 3 files enhanced" in done.stdout and b"Traceback" not in done.stderr
+        assert b"bad\\xff.wav cannot be read" in done.stderr
+        assert sorted(os.listdir(os.fsencode(tmp_path / "out\udce9"))) == [
+            b"caf\xe9.wav",
+            b"plain.wav",
+        ]
 
     def test_mix_and_shipped_model(self, tmp_path, run):
         soundfile.write(tmp_path / "in.wav", speechlike(0.5), RATE)

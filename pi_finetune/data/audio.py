@@ -1,9 +1,12 @@
 """Checked reading of audio: every failure names the file and what to do."""
 
 import io
+import math
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.signal import resample_poly
 from speechbrain.dataio import audio_io
 
 from pi_finetune.errors import UserError
@@ -91,6 +94,36 @@ def read_audio(path, start=0, frames=-1):
             "Remove or replace the file."
         )
     return wav
+
+
+def limit(wav, knee=0.8):
+    """Bend what is above ``knee`` so that nothing exceeds full scale; the rest stays as it is.
+
+    ``sign(x) (k + (1 - k) tanh((|x| - k) / (1 - k)))`` for ``|x| > k``: continuous in value and
+    slope, and without memory, so that pieces of a signal are limited as the whole is.
+
+    Arguments
+    ---------
+    wav : numpy.ndarray
+        Samples; full scale is 1.
+    knee : float
+        From 0 to 1 (default 0.8).
+
+    Returns
+    -------
+    numpy.ndarray
+        Of the shape and type of ``wav``, within [-1, 1].
+    """
+    over = np.maximum(np.abs(wav) - knee, 0) / (1 - knee)
+    return np.sign(wav) * (np.minimum(np.abs(wav), knee) + (1 - knee) * np.tanh(over))
+
+
+def resample(rows, rate, new_rate):
+    """Resample rows [C, T]; polyphase, so that odd rates need no huge filter bank."""
+    common = math.gcd(rate, new_rate)
+    if rate == new_rate:
+        return rows
+    return resample_poly(rows, new_rate // common, rate // common, axis=1).astype(np.float32)
 
 
 def is_silent(wav):
