@@ -29,12 +29,21 @@ def scores(run):
 
 
 class Parrot:
-    """A recogniser that hears the same in everything."""
+    """A recogniser that says of each third of an utterance how loud it is, as one of seven words.
+
+    A step of a decibel is another word, so noisy, enhanced and clean speech, two utterances, and
+    what is heard beyond the end of an utterance all differ.
+    """
 
     name = "parrot"
+    words = "one two three four five six seven".split()
 
     def __call__(self, wavs, lengths):
-        return ["one two three"] * len(wavs)
+        return [self._say(wav[: int(length)].double()) for wav, length in zip(wavs, lengths)]
+
+    def _say(self, wav):
+        levels = [10 * part.square().mean().clamp(min=1e-10).log10() for part in wav.chunk(3)]
+        return " ".join(self.words[round(float(level)) % 7] for level in levels)
 
 
 class LikelyParrot(Parrot):

@@ -215,6 +215,19 @@ def test_every_strategy_has_a_gradient_and_does_not_depend_on_the_batch(
     torch.testing.assert_close(value[1:].detach(), alone, rtol=1e-3, atol=1e-5)
 
 
+def test_the_perturbed_branch_is_the_one_that_is_named(teacher):
+    a, lengths = batch([8000, 5000])
+    b = a + 0.1 * batch([8000, 5000], seed=2)[0]
+
+    def value(enhanced, clean, branch):
+        objective = RepresentationObjective(teacher, MSEDistance(), ZeroPadding(0.1), branch)
+        return objective(enhanced, clean, lengths, rngs(2))
+
+    # An MSE is symmetric: only which of the two is padded tells the branches apart.
+    torch.testing.assert_close(value(a, b, "enhanced"), value(b, a, "clean"))
+    assert not torch.isclose(value(a, b, "enhanced"), value(a, b, "clean"), rtol=1e-3).any()
+
+
 def test_bad_objective_arguments(teacher):
     with pytest.raises(ValueError, match="perturbed_branch"):
         RepresentationObjective(teacher, MSEDistance(), perturbed_branch="noisy")
