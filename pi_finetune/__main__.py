@@ -1,23 +1,22 @@
 """The command line: ``pi-finetune COMMAND``, the same as ``python -m pi_finetune COMMAND``.
 
-demo, train, evaluate, compare, ablate and probe are the recipes of that name; their help is the
-recipe's own. Nothing here imports PyTorch before a command needs it.
+demo, train, evaluate, compare, ablate and probe are the recipes of that name; their help comes from
+the recipe's docstring and the experiment file. Nothing here imports PyTorch before
+a command needs it.
 """
 
 import argparse
 import ast
-import contextlib
 import importlib
 import importlib.metadata
-import importlib.util
-import io
+import inspect
 import itertools
 import os
 import platform
-import re
 import signal
 import sys
 import textwrap
+from typing import NamedTuple
 
 from pi_finetune import __version__
 from pi_finetune.errors import UserError, command
@@ -30,22 +29,48 @@ OVERVIEW_EXAMPLES = """examples:
   pi-finetune enhance noisy.wav -o enhanced.wav --model results/soft_dtw/1234
 """
 
-#: Command: its recipe, and the experiment file it runs if none is named (None: one must be named;
-#: False: it takes no such file).
+
+class Recipe(NamedTuple):
+    """A command that is a recipe: its module, its function, and the experiment if none is named."""
+
+    module: str
+    function: str
+    experiment: str | None  # None: one must be named
+    examples: tuple[str, ...]
+
+
 RECIPES = {
-    "train": ("train.py", None),
-    "evaluate": ("evaluate.py", "evaluate"),
-    "compare": ("compare.py", False),
-    "ablate": ("ablate.py", "ablation"),
-    "demo": ("ablate.py", "demo"),
-    "probe": ("probe_position.py", "probe_position"),
-}
+    "train": Recipe("train", "train", None, (
+        "soft_dtw", "mse --data_folder LibriSpeech --noise_folder DEMAND",
+    )),
+    "evaluate": Recipe("evaluate", "evaluate", "evaluate", (
+        "--run results/soft_dtw/1234", '--run "[noisy, pretrained, results/mse/1234]"',
+    )),
+    "ablate": Recipe("ablate", "ablate", "ablation", (
+        "", '--workers 4 --strategies "[mse, soft_dtw]"', "--cluster slurm --workers null",
+    )),
+    "demo": Recipe("ablate", "ablate", "demo", ("",)),
+    "probe": Recipe("probe_position", "probe", "probe_position", (
+        "--teacher_source openai/whisper-tiny.en --data_folder LibriSpeech",
+        '--diagnostics "[gradients, causal]"',
+    )),
+}  # fmt: skip
 
 ENHANCE_EXAMPLES = """examples:
   pi-finetune enhance noisy.wav -o enhanced.wav
   pi-finetune enhance recordings more.flac -o enhanced --skip-existing
   pi-finetune enhance meeting.mp3 -o out.wav --model results/soft_dtw/1234 --mix 0.8
 """
+
+SHOW_HELP = """usage: pi-finetune show EXPERIMENT [--KEY VALUE ...]
+
+Print an experiment file as it will run: with what it extends and includes, the overrides, and every
+reference replaced by its value. HyperPyYAML's load_hyperpyyaml opens what is printed, and so does
+pi-finetune train.
+
+examples:
+  pi-finetune show soft_dtw
+  pi-finetune show soft_dtw --teacher_preset wavlm_large --seed 2"""
 
 EXPORT_EXAMPLES = """examples:
   pi-finetune export results/soft_dtw/1234 -o my-enhancer
@@ -76,6 +101,8 @@ PACKAGES = {
     "webdataset": "pip install webdataset: shards need it",
     "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",
 }
+#: Those whose libraries may not fit the machine or torch: they are imported to see.
+BINARY = ("torch", "torchaudio", "soundfile", "numba", "pesq")
 OPTIONAL = {"triton", "gruut", "webdataset", "onnxscript"}
 
 
@@ -89,8 +116,10 @@ def parser():
     )
     top.add_argument("--version", action="version", version=f"pi_finetune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in RECIPES:
-        commands.add_parser(name, help=recipe_text(name).split("\n")[0], add_help=False)
+    abouts = {name: recipe_text(recipe.module, recipe.function) for name, recipe in RECIPES.items()}
+    abouts |= {"compare": recipe_text("compare", "compare"), "show": inspect.getdoc(run_show)}
+    for name, text in abouts.items():
+        commands.add_parser(name, help=text.split("\n")[0], add_help=False)
 
     enhance = commands.add_parser(
         "enhance",
@@ -168,75 +197,92 @@ def parser():
     return top
 
 
-def recipe_text(name):
-    """The docstring of a recipe, read without running it; its commands as this program's."""
-    source = (PROJECT_ROOT / "recipes" / RECIPES[name][0]).read_text(encoding="utf-8")
-    return _as_typed_here(ast.get_docstring(ast.parse(source)))
-
-
-def _as_typed_here(text):
-    for name, (file, default) in RECIPES.items():
-        text = text.replace(f"python recipes/{file}", f"pi-finetune {name}")
-        text = text.replace(f"pi-finetune {name} hparams/{default}.yaml", f"pi-finetune {name}")
-    return re.sub(r"(pi-finetune \w+) hparams/(\w+)\.yaml", r"\1 \2", text)
+def recipe_text(module, function):
+    """The docstring of a recipe's function, up to its arguments; read without importing PyTorch."""
+    source = (PROJECT_ROOT / "recipes" / f"{module}.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return ast.get_docstring(node).split("\n\nArguments\n")[0]
+    raise LookupError(f"recipes/{module}.py has no function {function}")
 
 
 def run_recipe(name, argv):
     """Run a recipe's own ``main``; what is named first may be a shipped experiment file."""
-    file, default = RECIPES[name]
-    wants_help = any(word in ("-h", "--help") for word in argv)
-    if default is not False:
-        named = argv and not argv[0].startswith("-")
-        if wants_help:
-            print(recipe_help(name, argv[0] if named else default))
-            return 0
-        if not named and default is None:
-            raise UserError(
-                f"Name an experiment first, e.g. pi-finetune {name} mse, or a YAML file of your "
-                f"own; pi-finetune {name} --help lists the shipped ones."
-            )
-        if name == "demo" and not (PROJECT_ROOT / "assets" / "mini").is_dir():
-            raise UserError(
-                "The demo needs the mini corpus, which an installed package leaves out for its "
-                "size: run it in a clone of the project."
-            )
-        from pi_finetune.config import find_hparams
+    recipe = RECIPES[name]
+    named = argv and not argv[0].startswith("-")
+    if any(word in ("-h", "--help") for word in argv):
+        print(recipe_help(name, argv[0] if named else recipe.experiment))
+        return 0
+    argv = _with_experiment(name, argv)
+    if name == "demo" and not (PROJECT_ROOT / "assets" / "mini").is_dir():
+        raise UserError(
+            "The demo needs the mini corpus, which an installed package leaves out for its "
+            "size: run it in a clone of the project."
+        )
+    module = importlib.import_module(f"pi_finetune.recipes.{recipe.module}")
+    return module.main(argv)
 
-        path = find_hparams(argv[0] if named else default)
-        argv = [str(path), *(argv[1:] if named else argv)]
-    path = PROJECT_ROOT / "recipes" / file
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.argv = [f"pi-finetune {name}", *argv]  # where argparse finds the program's name
-    if not wants_help:
-        return module.main(argv)
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(shown):
-            return module.main(argv)
-    finally:
-        print(_as_typed_here(shown.getvalue()), end="")
+
+def _with_experiment(name, argv):
+    """The words with the experiment's file before the options."""
+    named = argv and not argv[0].startswith("-")
+    default = RECIPES[name].experiment if name in RECIPES else None
+    if not named and default is None:
+        raise UserError(
+            f"Name an experiment first, e.g. pi-finetune {name} mse, or a YAML file of your "
+            "own; pi-finetune train --help lists the shipped ones."
+        )
+    from pi_finetune.config import find_hparams
+
+    path = find_hparams(argv[0] if named else default)
+    return [str(path), *(argv[1:] if named else argv)]
+
+
+def run_compare(argv):
+    """Compare runs; the options are the recipe's own."""
+    from pi_finetune.recipes import compare
+
+    return compare.main(argv, program="pi-finetune compare")
+
+
+def run_show(argv):
+    """Print an experiment file as it will run: complete, with the overrides, without references."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(SHOW_HELP)
+        return 0
+    from pi_finetune.commands import parse
+    from pi_finetune.config import resolve
+
+    experiment, overrides, _ = parse(_with_experiment("show", argv))
+    print(resolve(experiment, overrides), end="")
+    return 0
 
 
 def recipe_help(name, experiment):
     """Help of a recipe that takes an experiment file; of one such file if it is named."""
     from pi_finetune.config import find_hparams
 
-    named = "EXPERIMENT" if RECIPES[name][1] is None else "[EXPERIMENT]"
+    recipe = RECIPES[name]
+    named = "EXPERIMENT" if recipe.experiment is None else "[EXPERIMENT]"
     lines = [f"usage: pi-finetune {name} {named} [--KEY VALUE ...]", ""]
-    if experiment is None or experiment == RECIPES[name][1]:
-        lines += [recipe_text(name), ""]
+    if experiment is None or experiment == recipe.experiment:
+        lines += [recipe_text(recipe.module, recipe.function), "", "examples:"]
+        lines += [f"  pi-finetune {name} {words}".rstrip() for words in recipe.examples]
+        lines += [""]
     if experiment is None:
         lines += ["EXPERIMENT is a YAML file, or one of the shipped ones:"]
         for path in sorted((PROJECT_ROOT / "hparams").glob("*.yaml")):
             if "\nstrategy: " in path.read_text(encoding="utf-8") and path.stem != "finetune":
                 lines.append(f"  {path.stem:<19}{_about(path)}")
-        lines += ["", f"pi-finetune {name} mse --help    the keys of one of them"]
+        lines += [
+            "",
+            f"pi-finetune {name} mse --help    the keys of one of them",
+            "pi-finetune show mse            all of it, as it will run",
+        ]
     else:
         path = find_hparams(experiment)
         lines += [str(path), *textwrap.wrap(_about(path), 98), "", *_keys(path)]
-        if experiment != RECIPES[name][1]:
+        if experiment != recipe.experiment:
             lines += ["", "example:", f"  pi-finetune {name} {experiment} --device cpu --debug"]
     lines += [
         "",
@@ -355,12 +401,17 @@ def run_doctor(options):
     print("\npackages")
     for name, remedy in PACKAGES.items():
         try:
-            importlib.import_module(name)
             print(f"  {name:<17}{importlib.metadata.version(name)}")
-        except Exception as error:  # a broken binary package raises anything
-            print(f"  {name:<17}missing ({type(error).__name__}: {error})")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {name:<17}missing")
             if name not in OPTIONAL:
                 problems.append(f"{name}: {remedy}")
+    for name in BINARY:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a broken binary package raises anything
+            print(f"  {name:<17}broken ({type(error).__name__}: {error})")
+            problems.append(f"{name}: {PACKAGES[name]}")
     try:
         import torch
     except Exception:
@@ -436,6 +487,8 @@ def main(argv=None):
     try:
         if argv and argv[0] in RECIPES:
             return run_recipe(argv[0], argv[1:])
+        if argv and argv[0] in ("compare", "show"):
+            return {"compare": run_compare, "show": run_show}[argv[0]](argv[1:])
         options = parser().parse_args(argv or ["--help"])
         # A polite kill unwinds like Ctrl-C, so that half-written files are removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -1,16 +1,17 @@
 """Cells of an ablation, strategies x teachers x seeds: what is to run, what is done, running it.
 
-A cell is a run of ``recipes/train.py`` and of ``recipes/evaluate.py`` with the very options a user
-would type. It is done when its stamp, ``ablation.json`` in its folder, says so; every other cell is
-begun or, since both recipes resume, continued.
+A cell is a call of ``train`` and of ``evaluate`` with the very values a user would type. It is done
+when its stamp, ``ablation.json`` in its folder, says so; every other cell is begun or, since both
+recipes resume, continued.
 """
 
+import contextlib
 import fcntl
+import importlib
 import itertools
 import json
 import logging
 import os
-import runpy
 import shlex
 import signal
 import sys
@@ -20,54 +21,79 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pi_finetune.commands import divide, words
 from pi_finetune.config import check_overrides, find_hparams
 from pi_finetune.errors import UserError
-from pi_finetune.files import PROJECT_ROOT, write_text
+from pi_finetune.files import write_text
 
 logger = logging.getLogger(__name__)
 
 STAMP = "ablation.json"
 
 
-class CommandFailed(Exception):
-    """A recipe ended with an error; ``args`` are its command line and exit status."""
+@dataclass(frozen=True)
+class Call:
+    """A call of a recipe's function, to be made later and in another process.
+
+    Arguments
+    ---------
+    recipe : str
+        ``train`` or ``evaluate``.
+    experiment : Path
+        The experiment file.
+    overrides, run_opts : dict
+        As the function takes them.
+    """
+
+    recipe: str
+    experiment: Path
+    overrides: dict
+    run_opts: dict
+
+    def words(self):
+        """The command line that does the same, as a list of words without ``python``."""
+        return words(self.recipe, [self.experiment], self.overrides, self.run_opts)
+
+    def __call__(self):
+        """Make the call; imports PyTorch."""
+        module = importlib.import_module(f"pi_finetune.recipes.{self.recipe}")
+        getattr(module, self.recipe)(self.experiment, self.overrides, self.run_opts)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One folder of the ablation and the recipes that fill it.
+    """One folder of the ablation and the calls that fill it.
 
     Arguments
     ---------
     folder : Path
         The run folder.
-    commands : callable
-        Gives the command lines, lists of words without ``python``, once ``needs`` are done.
+    calls : callable
+        Gives the list of :class:`Call`, once ``needs`` are done.
     needs : tuple of Cell
         What must be done before.
     """
 
     folder: Path
-    commands: Callable[[], list[list[str]]]
+    calls: Callable[[], list]
     needs: tuple = ()
 
     def done(self):
-        """Whether the stamp says that these very commands have been run to their end.
+        """Whether the stamp says that these very calls have been made to their end.
 
         Raises
         ------
         UserError
-            The folder was filled by other commands.
+            The folder was filled by other calls.
         """
         earlier = _read_stamp(self.folder)
         if earlier is None:
             return False
-        now = self.commands()
-        if earlier["commands"] != now:
-            before, after = (
-                {shlex.join(option) for command in commands for option in _options(command)}
-                for commands in (earlier["commands"], now)
-            )
+        before, after = (
+            {shlex.join(option) for command in commands for option in _options(command)}
+            for commands in (earlier["commands"], _commands(self.calls()))
+        )
+        if before != after:
             raise UserError(
                 f"{self.folder} was made with other settings: {', '.join(sorted(before - after))} "
                 f"instead of {', '.join(sorted(after - before))}. Remove it, or choose another "
@@ -81,6 +107,10 @@ def _read_stamp(folder):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def _commands(calls):
+    return [call.words() for call in calls]
+
+
 def _options(command):
     """[recipe], [yaml], [--key, value] and so on."""
     starts = [i for i, word in enumerate(command) if i < 2 or word.startswith("--")]
@@ -89,14 +119,14 @@ def _options(command):
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker does: run a cell's commands one after the other, in this very process.
+    """What a worker does: make a cell's calls one after the other, in this very process.
 
     So that killing the worker kills the training. Should another worker be filling the folder
     still, one that outlived the ``ablate.py`` that began it, its end is waited for.
     """
 
     folder: Path
-    commands: list
+    calls: list
     threads: int
 
     def __call__(self):
@@ -104,15 +134,15 @@ class Work:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f".{STAMP}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if _read_stamp(self.folder) == {"commands": self.commands, "complete": True}:
+            if Cell(self.folder, lambda: self.calls).done():
                 return
             self._stamp(complete=False)
-            for command in self.commands:
-                run_recipe(command)
+            for call in self.calls:
+                call()
             self._stamp(complete=True)
 
     def _stamp(self, complete):
-        stamp = {"commands": self.commands, "complete": complete}
+        stamp = {"commands": _commands(self.calls), "complete": complete}
         write_text(self.folder / STAMP, json.dumps(stamp, indent=1))
 
     def checkpoint(self):
@@ -120,30 +150,6 @@ class Work:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
-
-
-def run_recipe(command):
-    """Run ``python COMMAND`` in this process.
-
-    Arguments
-    ---------
-    command : list of str
-        A recipe's path, relative to the project, and its arguments.
-
-    Raises
-    ------
-    CommandFailed
-        It exited with a status other than 0.
-    """
-    arguments = sys.argv
-    sys.argv = [str(PROJECT_ROOT / command[0]), *command[1:]]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise CommandFailed(f"python {shlex.join(command)}", end.code) from None
-    finally:
-        sys.argv = arguments
 
 
 class Ablation:
@@ -187,8 +193,8 @@ class Ablation:
         self.searches = {group: self._search(*group) for group in self.groups}
         place, seed, rate = self.results, hparams["seeds"][0], hparams["lrs"][0]
         for group in self.groups:
-            _check_keys(self._training(place, *group, seed, rate))
-        _check_keys(self._evaluation("noisy"))
+            self._training(place, *group, seed, rate)  # a misspelt key is an error before all runs
+        self._evaluation("noisy")
 
     def cells(self):
         """All cells in the order in which they should run: teacher by teacher, seed by seed."""
@@ -229,17 +235,17 @@ class Ablation:
         return best(scores, key=scores.get), scores
 
     def comparisons(self):
-        """Command lines of ``recipes/compare.py``, one a teacher, over what has been scored."""
-        commands = []
+        """What to compare, over what has been scored: ``(runs, options)``, one a teacher."""
+        comparisons = []
         shared = [self.results / name for name in ("noisy", "pretrained", "controls")]
         shared = [folder for folder in shared if any(folder.rglob("scores"))]
         for teacher in self.teachers or ["controls"]:
             folder = self.results / teacher
             if any(folder.rglob("scores/*.jsonl")):
                 paths = dict.fromkeys([*shared, folder])
-                options = _flags({"output_folder": folder, **self.hparams["compare"]})
-                commands.append(["recipes/compare.py", *map(str, paths), *options])
-        return commands
+                options = {"output_folder": folder, **self.hparams["compare"]}
+                comparisons.append((list(paths), options))
+        return comparisons
 
     def _search(self, teacher, strategy):
         rates = self.hparams["lrs"]
@@ -253,20 +259,20 @@ class Ablation:
         cells = {}
         for rate in rates:
             place = self.results / "search" / f"lr_{rate:g}" / teacher
-            command = self._training(place, teacher, strategy, seed, rate, updates=updates)
-            cells[rate] = Cell(place / strategy / str(seed), lambda command=command: [command])
+            call = self._training(place, teacher, strategy, seed, rate, updates=updates)
+            cells[rate] = Cell(place / strategy / str(seed), lambda call=call: [call])
         return cells
 
     def _run(self, teacher, strategy, seed):
         place = self.results / teacher
         folder = place / strategy / str(seed)
 
-        def commands():
+        def calls():
             rate, _ = self.learning_rate(teacher, strategy)
             training = self._training(place, teacher, strategy, seed, rate)
             return [training, self._evaluation(str(folder))]
 
-        return Cell(folder, commands, tuple(self.searches[teacher, strategy].values()))
+        return Cell(folder, calls, tuple(self.searches[teacher, strategy].values()))
 
     def _training(self, place, teacher, strategy, seed, rate, **changes):
         own = dict(self.strategies.get(strategy) or self.controls.get(strategy) or {})
@@ -280,21 +286,18 @@ class Ablation:
             "select_by": self.hparams["select_by"],
             "strategy": strategy,
             "seed": seed,
-            "results_folder": place,
+            "results_folder": str(place),
         }
-        return ["recipes/train.py", str(path), *_words(settings), "--noprogressbar"]
+        overrides, run_opts = divide(path, settings)
+        check_overrides(path, overrides)
+        return Call("train", path, overrides, {**run_opts, "noprogressbar": True})
 
     def _evaluation(self, run):
-        settings = {**self.hparams["evaluate"], "run": run, "results_folder": self.results}
-        return ["recipes/evaluate.py", str(find_hparams("evaluate")), *_words(settings)]
-
-
-def _check_keys(command):
-    """A misspelt key is an error before the first cell runs, not in the last."""
-    from speechbrain import parse_arguments  # imports torch, which a worker must not do so early
-
-    path, _, overrides = parse_arguments(command[1:])  # without SpeechBrain's own flags
-    check_overrides(path, overrides)
+        path = find_hparams("evaluate")
+        settings = {**self.hparams["evaluate"], "run": run, "results_folder": str(self.results)}
+        overrides, run_opts = divide(path, settings)
+        check_overrides(path, overrides)
+        return Call("evaluate", path, overrides, run_opts)
 
 
 def _mapping(hparams, key):
@@ -305,30 +308,11 @@ def _mapping(hparams, key):
     return {name: settings or {} for name, settings in value.items()}
 
 
-def _words(settings):
-    """Settings as command-line words; lists and mappings in YAML's flow style, which JSON is."""
-    words = []
-    for key, value in settings.items():
-        value = str(value) if isinstance(value, str | Path) else json.dumps(value)
-        words += [f"--{key}", value]
-    return words
-
-
-def _flags(settings):
-    """Settings as words for argparse: True is a flag by itself, a list several words."""
-    words = []
-    for key, value in settings.items():
-        if value is None or value is False:
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [f"--{key}", *map(str, values)]
-    return words
-
-
 def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=1.0):
     """Run what is not done, at most ``workers`` cells at once.
 
-    A cell whose worker dies is submitted again; one that fails is named, and those that need it are
+    Cells that can begin at the same time are submitted together: on a cluster, an array of jobs. A
+    cell whose worker dies is submitted again; one that fails is named, and those that need it are
     left out, while all others go on. On an interruption the workers are cancelled.
 
     Arguments
@@ -367,24 +351,28 @@ def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         while waiting or running:
+            begun = {}
             for cell in list(waiting):
                 broken = [need.folder for need in cell.needs if need.folder in failed]
                 if broken:
                     waiting.remove(cell)
                     failed[cell.folder] = f"not run, since {broken[0]} failed"
                     continue
-                if workers is not None and len(running) >= workers:
+                if workers is not None and len(running) + len(begun) >= workers:
                     continue
-                if any(need in waiting or need in running for need in cell.needs):
+                if any(need in [*waiting, *running, *begun] for need in cell.needs):
                     continue
                 waiting.remove(cell)
                 try:
                     if not cell.done():
-                        work = Work(cell.folder, cell.commands(), threads)
-                        running[cell] = executor.submit(work)
-                        logger.info(f"{cell.folder}: begun")
+                        begun[cell] = Work(cell.folder, cell.calls(), threads)
                 except UserError as error:
                     failed[cell.folder] = str(error)
+            with executor.batch() if len(begun) > 1 else contextlib.nullcontext():
+                jobs = {cell: executor.submit(work) for cell, work in begun.items()}
+            running |= jobs
+            for cell in jobs:
+                logger.info(f"{cell.folder}: begun")
             for cell, job in list(running.items()):
                 if not job.done():
                     continue
@@ -415,15 +403,11 @@ def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=
 
 
 def _failure(job):
-    """Why a finished job failed by an error of its own; None if it succeeded or was killed."""
+    """A user's mistake that a finished job named; None if it succeeded or its worker died."""
     error = job.exception()  # of a worker that was killed it says that there is no result
-    if error is None:
+    if error is None or "UserError: " not in str(error):
         return None
-    if "UserError: " in str(error):
-        return str(error).rsplit("UserError: ", 1)[1].strip()
-    if "CommandFailed" in str(error):
-        return f"a command failed; the end of its log {job.paths.stderr}:\n{_end(job)}"
-    return None
+    return str(error).rsplit("UserError: ", 1)[1].strip()
 
 
 def _end(job, lines=3):

@@ -5,6 +5,7 @@ import os
 
 import speechbrain as sb
 import torch
+from speechbrain.utils.run_opts import RunOptions
 
 from pi_finetune.errors import UserError
 
@@ -16,13 +17,15 @@ def start_processes(run_opts):
 
     Arguments
     ---------
-    run_opts : speechbrain.utils.run_opts.RunOptions
+    run_opts : dict or None
+        SpeechBrain's run options that differ from their defaults.
 
     Returns
     -------
     speechbrain.utils.run_opts.RunOptions
         With the backend that is used.
     """
+    run_opts = RunOptions.from_dictionary(run_opts or {})
     if "RANK" in os.environ and not torch.cuda.is_available():
         run_opts = dataclasses.replace(
             run_opts,

@@ -11,6 +11,7 @@ import hashlib
 import torch
 from torch.nn import functional as F
 
+from pi_finetune.config import build
 from pi_finetune.perturbations import NoPerturbation
 from pi_finetune.soft_dtw import soft_dtw
 
@@ -200,6 +201,30 @@ class RepresentationObjective(torch.nn.Module):
         index = first[:, None] + torch.arange(int(frame_lengths.max()), device=reps.device)
         batch = torch.arange(len(reps), device=reps.device)[:, None]
         return reps[batch, index.clamp(max=reps.shape[1] - 1)], frame_lengths
+
+
+def load_teachers(objective):
+    """Make the teachers that an experiment file declares by ``!name:`` in an objective.
+
+    Arguments
+    ---------
+    objective : torch.nn.Module
+        Every module in it whose attribute ``teacher`` is a declaration gets the teacher itself;
+        one declaration makes one teacher.
+
+    Returns
+    -------
+    torch.nn.Module
+        ``objective``.
+    """
+    made = {}
+    for module in list(objective.modules()):
+        declared = vars(module).get("teacher")  # a teacher that is made is a submodule
+        if declared is not None:
+            if id(declared) not in made:
+                made[id(declared)] = build(declared)
+            module.teacher = made[id(declared)]
+    return objective
 
 
 class SISDRLoss(torch.nn.Module):

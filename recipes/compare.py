@@ -8,28 +8,83 @@ system, over seeds), convergence.{csv,md} and, if asked, report.html.
 """
 
 import argparse
+import inspect
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
+from pi_finetune.commands import words
 from pi_finetune.errors import UserError, command
 from pi_finetune.report.tables import markdown, run_table, summary_table, write_tables
 from pi_finetune.results.comparison import common_folder, compare_runs
 from pi_finetune.results.statistics import Bootstrap
 
+#: Name of each option, and how argparse reads it.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "output_folder": {"help": "default: the folder that holds the strategies"},
+    "set": {"help": "which scores/SET.jsonl; default: test, or the only one"},
+    "baseline": {"default": "mse", "help": "differences are taken from it (%(default)s)"},
+    "html": {"action": "store_true", "default": False, "help": "write report.html too"},
+    "utterances": {"nargs": "+", "metavar": "ID", "help": "examples of the report"},
+    "position_folders": {
+        "nargs": "+",
+        "metavar": "DIR",
+        "help": "position diagnostics to show; default: position/ in the output folder",
+    },
+    "intersect": {
+        "action": "store_true",
+        "default": False,
+        "help": "compare on the utterances all runs share",
+    },
+    "recognizer": {"metavar": "NAME", "help": "whose WER is the main one; default: the first"},
+    "dev_metric": {
+        "metavar": "NAME",
+        "help": "dev score of convergence: wer, nll, pesq, stoi, estoi, si_sdr",
+    },
+    "replicates": {"type": int, "default": 9999, "help": "bootstrap replicates (%(default)s)"},
+    "confidence": {"type": float, "default": 0.95, "help": "of the intervals (%(default)s)"},
+    "seed_level": {
+        "choices": ("student", "resample"),
+        "default": "student",
+        "help": "how training seeds enter the intervals (%(default)s)",
+    },
+    "random_seed": {"type": int, "default": 0, "help": "of the bootstrap (%(default)s)"},
+}
 
-@command
-def main(argv):
-    """Compare, write, print."""
-    args = _parser().parse_args(argv)
+
+def compare(runs, **options):
+    """Compare runs on one test set: tables with intervals and tests, and an HTML report.
+
+    Writes table.{csv,md,tex} (a row per run), summary.{csv,md,tex} (a row per system, over seeds),
+    convergence.{csv,md} and, if asked, report.html.
+
+    Arguments
+    ---------
+    runs : list of str or Path
+        Run folders STRATEGY/SEED, or folders above them.
+    options
+        The options below by their names, e.g. ``baseline="mse", html=True``.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+    """
+    unknown = options.keys() - OPTIONS.keys()
+    if unknown:
+        raise UserError(f"compare: no option {min(unknown)!r}; there are {', '.join(OPTIONS)}.")
+    given = {name: value for name, value in options.items() if value is not None}
+    args = argparse.Namespace(**{k: v.get("default") for k, v in OPTIONS.items()} | given)
     if args.replicates < 1 or not 0 < args.confidence < 1:
         raise UserError("--replicates must be at least 1 and --confidence between 0 and 1.")
-    for path in args.position_folders or ():
+    position = [Path(path) for path in args.position_folders or ()]
+    for path in position:
         if not path.is_dir():
             raise UserError(f"--position_folders {path}: no such folder.")
     bootstrap = Bootstrap(args.replicates, args.confidence, args.seed_level, args.random_seed)
     comparison = compare_runs(
-        args.runs,
+        [Path(run) for run in runs],
         test_set=args.set,
         baseline=args.baseline,
         intersect=args.intersect,
@@ -37,20 +92,19 @@ def main(argv):
         dev_metric=args.dev_metric,
         bootstrap=bootstrap,
     )
-    folder = args.output_folder or common_folder(comparison)
+    folder = Path(args.output_folder or common_folder(comparison))
     written = write_tables(comparison, folder)
     if args.html:
         from pi_finetune.report.html import write_report
 
-        typed = shlex.join(["python", "recipes/compare.py", *argv])
-        position = args.position_folders or [folder / "position"]
+        changed = {k: v for k, v in given.items() if v != OPTIONS[k].get("default")}
         written.append(
             write_report(
                 folder / "report.html",
                 comparison,
-                command=typed,
+                command=shlex.join(["python", *words("compare", runs, flags=changed)]),
                 utterances=args.utterances,
-                position_folders=position,
+                position_folders=position or [folder / "position"],
             )
         )
     print(run_table(comparison, markdown))
@@ -59,36 +113,30 @@ def main(argv):
         print(f"note: {note}")
     for path in written:
         print(path)
+    return written
 
 
-def _parser():
-    parser = argparse.ArgumentParser(
+def parser(program="python recipes/compare.py"):
+    """The command line: runs, and the options."""
+    about = inspect.getdoc(compare).split("\n\nArguments")[0]
+    made = argparse.ArgumentParser(
+        prog=program,
         usage="%(prog)s RUN [RUN ...] [options]",
-        description=__doc__,
+        description=about,
+        epilog="examples:\n  %(prog)s results/demo\n"
+        "  %(prog)s results/*/* --set test --baseline mse --html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, help="run folders STRATEGY/SEED, or folders above them")
-    add("--output_folder", type=Path, help="default: the folder that holds the strategies")
-    add("--set", help="which scores/SET.jsonl; default: test, or the only one")
-    add("--baseline", default="mse", help="differences are taken from it (%(default)s)")
-    add("--html", action="store_true", help="write report.html too")
-    add("--utterances", nargs="+", metavar="ID", help="examples of the report")
-    add("--position_folders", nargs="+", type=Path, metavar="DIR",
-        help="position diagnostics to show; default: position/ in the output folder")  # fmt: skip
-    add("--intersect", action="store_true", help="compare on the utterances all runs share")
-    add("--recognizer", metavar="NAME", help="whose WER is the main one; default: the first")
-    add(
-        "--dev_metric",
-        metavar="NAME",
-        help="dev score of convergence: wer, nll, pesq, stoi, estoi, si_sdr",
-    )
-    add("--replicates", type=int, default=9999, help="bootstrap replicates (%(default)s)")
-    add("--confidence", type=float, default=0.95, help="of the intervals (%(default)s)")
-    add("--seed_level", choices=("student", "resample"), default="student",
-        help="how training seeds enter the intervals (%(default)s)")  # fmt: skip
-    add("--random_seed", type=int, default=0, help="of the bootstrap (%(default)s)")
-    return parser
+    made.add_argument("runs", nargs="+", help="run folders STRATEGY/SEED, or folders above them")
+    for name, how in OPTIONS.items():
+        made.add_argument(f"--{name}", **how)
+    return made
+
+
+@command
+def main(argv, program="python recipes/compare.py"):
+    """The command line."""
+    compare(**vars(parser(program).parse_args(argv)))
 
 
 if __name__ == "__main__":

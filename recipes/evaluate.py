@@ -11,25 +11,21 @@ fine-tuning starts from. Interrupted, the same command continues. With `torchrun
 import sys
 from pathlib import Path
 
-import speechbrain as sb
-
-from pi_finetune.config import load_hparams
-from pi_finetune.distributed import rank, start_processes
+from pi_finetune.commands import parse
+from pi_finetune.config import build, find_hparams, load_hparams
+from pi_finetune.distributed import on_main, rank, start_processes
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import command
 from pi_finetune.results.evaluation import evaluate_system
 
 
-@command
-def main(argv):
-    """Evaluate the systems one after the other on the same mixtures."""
-    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    run_opts = start_processes(run_opts)
-    hparams, _ = load_hparams(hparams_file, overrides)
-    device = run_opts.get("device", "cpu")
-    runs = hparams["run"] if isinstance(hparams["run"], list) else [hparams["run"]]
+def load_pretrained(hparams, device):
+    """The systems, ``(folder, enhancer, weights)`` each, and the recognisers.
 
-    systems = []  # all are loaded before the first is scored, so that a wrong name fails at once
+    All are loaded before the first is scored, so that a wrong name fails at once.
+    """
+    runs = hparams["run"] if isinstance(hparams["run"], list) else [hparams["run"]]
+    systems = []
     for run in runs:
         weights = {"noisy": None, "pretrained": hparams["enhancer_weights"]}.get(run, run)
         folder = Path(run)
@@ -39,13 +35,38 @@ def main(argv):
         if weights is not None:
             enhancer = load_enhancer(weights, trust=hparams["trust"]).to(device).eval()
         systems.append((folder, enhancer, weights))
+    return systems, build(hparams["recognizers"])
 
+
+def evaluate(experiment="evaluate", overrides=None, run_opts=None):
+    """Score enhancers on a test set: signal metrics and WER, one JSON line per utterance.
+
+    run names a run folder, noisy, pretrained, or a list of these: noisy scores the unprocessed
+    mixtures, pretrained the enhancer that fine-tuning starts from. Interrupted, the same call
+    continues.
+
+    Arguments
+    ---------
+    experiment, overrides, run_opts
+        As of ``pi_finetune.recipes.train.train``.
+
+    Returns
+    -------
+    list of Path
+        The files of scores.
+    """
+    run_opts = start_processes(run_opts)
+    hparams, _ = load_hparams(find_hparams(experiment), overrides)
+    device = run_opts.device or "cpu"
+    systems, recognizers = load_pretrained(hparams, device)
+    test_data = on_main(build, hparams["test_data"])
+    paths = []
     for folder, enhancer, weights in systems:
         path = evaluate_system(
             folder,
             enhancer,
-            hparams["test_data"],
-            hparams["recognizers"],
+            test_data,
+            recognizers,
             test_set=hparams["test_set"],
             weights=weights,
             batch_size=hparams["batch_size"],
@@ -54,8 +75,16 @@ def main(argv):
             overwrite=hparams["overwrite"],
             device=device,
         )
+        paths.append(path)
         if rank() == 0:
             print(path)
+    return paths
+
+
+@command
+def main(argv):
+    """The command line."""
+    evaluate(*parse(argv))
 
 
 if __name__ == "__main__":

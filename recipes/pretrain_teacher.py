@@ -7,39 +7,64 @@
 OUTPUT_FOLDER/teacher, ready to be used as ``teacher_source``; the same command resumes.
 """
 
+import functools
 import sys
 from pathlib import Path
 
-import speechbrain as sb
 from speechbrain.dataio.batch import PaddedBatch
 
 from pi_finetune.brains.pretraining import PretrainingBrain
 from pi_finetune.brains.updates import start_run
+from pi_finetune.commands import parse
 from pi_finetune.data.corpora import prepare_speech
 from pi_finetune.data.targets import MaskedSpeech, make_targets
+from pi_finetune.distributed import on_main
 from pi_finetune.errors import command
 
 
-@command
-def main(argv):
-    """Run one pre-training."""
-    hparams, run_opts = start_run(argv)
-    train = prepare_speech(hparams["data_folder"], hparams["train_splits"])
-    valid = prepare_speech(hparams["data_folder"], hparams["valid_splits"])
+def dataio_prepare(hparams):
+    """The masked speech of training and of development, with its targets.
 
+    The main process alone lists the corpus and makes the targets.
+    """
+    train, valid = (
+        on_main(prepare_speech, hparams["data_folder"], hparams[f"{part}_splits"])
+        for part in ("train", "valid")
+    )
     how = {"source": hparams["targets_source"], "layers": hparams["targets_layers"]}
     how |= {"clusters": hparams["clusters"], "seed": hparams["seed"]}
     path = Path(hparams["output_folder"]) / "targets.pt"
-    # The main process makes the targets; the others then read them.
-    sb.utils.distributed.run_on_main(
-        make_targets, args=[train, valid], kwargs={**how, "path": path}
-    )
-    targets = make_targets(train, valid, path=path, **how)
+    make = functools.partial(make_targets, path=path, **how)
+    on_main(make, train, valid)
+    targets = make(train, valid)  # reads what was made
 
     def dataset(manifest, seconds):
         masking = (hparams["mask_probability"], hparams["mask_span"])
         return MaskedSpeech(manifest, targets, seconds, *masking, hparams["seed"])
 
+    return (
+        dataset(train, hparams["segment_seconds"]),
+        dataset(valid, hparams["valid_segment_seconds"]),
+    )
+
+
+def pretrain_teacher(experiment="pretrain_teacher", overrides=None, run_opts=None):
+    """Pre-train a small HuBERT by masked prediction of k-means targets.
+
+    The best model so far is in output_folder/teacher; the same call resumes the run.
+
+    Arguments
+    ---------
+    experiment, overrides, run_opts
+        As of ``pi_finetune.recipes.train.train``.
+
+    Returns
+    -------
+    str
+        The run folder.
+    """
+    hparams, run_opts = start_run(__file__, experiment, overrides, run_opts)
+    train_data, valid_data = dataio_prepare(hparams)
     brain = PretrainingBrain(
         modules=hparams["modules"],
         opt_class=hparams["opt_class"],
@@ -50,14 +75,21 @@ def main(argv):
     workers = hparams["num_workers"]
     brain.fit(
         hparams["epoch_counter"],
-        brain.make_train_loader(dataset(train, hparams["segment_seconds"]), num_workers=workers),
-        dataset(valid, hparams["valid_segment_seconds"]),
+        brain.make_train_loader(train_data, num_workers=workers),
+        valid_data,
         valid_loader_kwargs={
             "batch_size": hparams["valid_batch_size"],
             "collate_fn": PaddedBatch,
             "num_workers": workers,
         },
     )
+    return hparams["output_folder"]
+
+
+@command
+def main(argv):
+    """The command line."""
+    pretrain_teacher(*parse(argv))
 
 
 if __name__ == "__main__":

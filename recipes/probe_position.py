@@ -8,46 +8,58 @@ JSON lines and a figure per diagnostic go to OUTPUT_FOLDER/position, where recip
 finds them for its report. docs/position.md says what the numbers mean.
 """
 
-import importlib.util
-import io
 import json
-import os
 import sys
 from pathlib import Path
 
-import ruamel.yaml
-import speechbrain as sb
 from tqdm import tqdm
 
 from pi_finetune import diagnostics
-from pi_finetune.config import load_hparams
+from pi_finetune.commands import parse
+from pi_finetune.config import build, find_hparams, load_hparams, new, ref
 from pi_finetune.diagnostics.gradients import batch_gradients, gradient_agreement
+from pi_finetune.distributed import start_processes
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import UserError, command
+from pi_finetune.files import write_text
+from pi_finetune.objectives import RepresentationObjective
+from pi_finetune.recipes.train import dataio_prepare, load_pretrained, train
 from pi_finetune.report.position import summary_rows, write_figures
 from pi_finetune.report.tables import markdown
 
 DIAGNOSTICS = ("shift", "similarity", "probe", "share", "gradients", "causal")
 
 
-@command
-def main(argv):
-    """Run the chosen diagnostics one after the other."""
-    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    hparams, resolved = load_hparams(hparams_file, overrides)
+def probe(experiment="probe_position", overrides=None, run_opts=None):
+    """Measure how much of a teacher, and of the objectives on it, is position instead of content.
+
+    JSON lines and a figure per diagnostic go to position/ in output_folder, where compare finds
+    them for its report. docs/position.md says what the numbers mean.
+
+    Arguments
+    ---------
+    experiment, overrides, run_opts
+        As of ``pi_finetune.recipes.train.train``.
+
+    Returns
+    -------
+    Path
+        The folder of the lines and figures.
+    """
+    run_opts = start_processes(run_opts)
+    hparams, resolved = load_hparams(find_hparams(experiment), overrides)
     wanted = hparams["diagnostics"]
     unknown = [name for name in wanted if name not in DIAGNOSTICS]
     if unknown:
         raise UserError(f"diagnostics: no {unknown[0]!r}; choose from {', '.join(DIAGNOSTICS)}.")
     folder = Path(hparams["output_folder"]) / "position"
-    device = run_opts.get("device") or "cpu"
-    teacher = hparams["teacher"].to(device)
+    device = run_opts.device or "cpu"
+    teacher = build(hparams["teacher"]).to(device)
     layers, seed = hparams["layers"], hparams["seed"]
     diagnostics.chosen_layers(teacher, layers)  # a wrong one fails before the first diagnostic
-    objectives = {name: diagnostics.load_objective(name, teacher) for name in hparams["objectives"]}
+    objectives = {name: load_objective(name, teacher) for name in hparams["objectives"]}
     common = {"layers": layers, "batch_size": hparams["batch_size"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "hyperparams.yaml").write_text(resolved)
+    write_text(folder / "hyperparams.yaml", resolved)
 
     if set(wanted) - {"gradients", "causal"}:
         crops = diagnostics.load_crops(
@@ -58,7 +70,7 @@ def main(argv):
             seed,
         )
         crops = crops._replace(wavs=crops.wavs.to(device))
-    for name in tqdm(wanted, desc="diagnostics", disable=run_opts.get("noprogressbar")):
+    for name in tqdm(wanted, desc="diagnostics", disable=run_opts.noprogressbar):
         if name == "shift":
             curve = diagnostics.shift_curve(
                 teacher, crops.wavs, hparams["shifts"], seed=seed, **common
@@ -91,6 +103,27 @@ def main(argv):
         print(markdown(header, rows))
     for path in write_figures(folder):
         print(path)
+    return folder
+
+
+def strategy_file(name):
+    """The file of a strategy: ``hparams/NAME.yaml``, or a path that ends in ``.yaml``."""
+    try:
+        return find_hparams(Path(name).resolve() if str(name).endswith(".yaml") else name)
+    except UserError as error:
+        raise UserError(f"objectives: {error}") from None
+
+
+def load_objective(name, teacher):
+    """The representation objective that a strategy's file declares, with this teacher."""
+    path = strategy_file(name)
+    hparams, _ = load_hparams(path)
+    declared = diagnostics.representation_objective(hparams["objective"])
+    if declared is None:
+        raise UserError(f"objectives: {path} compares no representations, so leave it out.")
+    return RepresentationObjective(
+        teacher, declared.distance, declared.perturbation, declared.perturbed_branch
+    )
 
 
 def gradients(hparams, device):
@@ -98,17 +131,16 @@ def gradients(hparams, device):
     batches = hparams["gradient_batches"]
     if batches < 3:
         raise UserError(f"gradient_batches: needed are 3 or more, got {batches}.")
-    # What else a training file declares is not needed here.
     settings = {**hparams["training"], "asr_source": None, "select_by": "objective"}
-    settings |= dict.fromkeys(("valid_data", "checkpointer", "train_loggers"))
     found = {}
     for name in hparams["gradient_objectives"]:
-        path = diagnostics.strategy_file(name)
+        path = strategy_file(name)
         loaded, _ = load_hparams(path, settings)
+        modules = load_pretrained(loaded)
         found[path.stem] = batch_gradients(
-            loaded["objective"],
-            loaded["enhancer"],
-            loaded["train_data"],
+            modules["objective"],
+            modules["enhancer"],
+            dataio_prepare(loaded)[0],
             batches,
             loaded["batch_size"],
             loaded["seed"],
@@ -118,62 +150,60 @@ def gradients(hparams, device):
     return gradient_agreement(found, hparams["seed"])
 
 
+def targets_overrides(path, targets, offset_seconds):
+    """What an arm of the causal test changes in a strategy: its targets, and its name."""
+    objective = ref("representation")
+    if targets != "matched":
+        objective = new(
+            "pi_finetune.diagnostics.MismatchedTargets",
+            objective=objective,
+            offset_seconds=offset_seconds if targets == "mismatched_moved" else 0.0,
+        )
+    return {"strategy": f"{path.stem}-{targets}", "objective": objective}
+
+
 def causal(hparams, folder, device):
-    """Train every arm by train.py and compare its objective on dev mixtures before and after."""
+    """Train every arm and compare its objective on dev mixtures before and after."""
     settings = {**hparams["training"], "results_folder": str(folder), "asr_source": None}
     # One validation, at the end: the model that is kept is the last one, chosen by nothing.
     settings |= {"select_by": "objective", "valid_every": settings["updates"]}
-    folder.mkdir(parents=True, exist_ok=True)
     records = []
     for name in hparams["causal_objectives"]:
+        path = strategy_file(name)
         losses = {}
         for targets in diagnostics.TARGETS:
-            text = diagnostics.causal_yaml(name, targets, hparams["causal_offset_seconds"])
-            path = folder / f"{diagnostics.strategy_file(name).stem}-{targets}.yaml"
-            path.write_text(text)
-            arm, _ = load_hparams(path, {**settings, "train_loggers": []})
-            held_out = {"pairs": arm["valid_data"], "batch_size": arm["valid_batch_size"]}
+            changed = targets_overrides(path, targets, hparams["causal_offset_seconds"])
+            changed = {**settings, **changed}
+            arm, _ = load_hparams(path, changed)
+            modules = load_pretrained(arm)
+            _, valid_data = dataio_prepare(arm)
+            held_out = {"pairs": valid_data, "batch_size": arm["valid_batch_size"]}
             held_out |= {"seed": arm["data_seed"], "device": device}
-            before = diagnostics.held_out_losses(arm["objective"], arm["enhancer"], **held_out)
-            arguments = [str(path), "--device", device, "--noprogressbar"]
-            for key, value in settings.items():
-                arguments += [f"--{key}", flow(value)]
-            train(arguments)
+            before = diagnostics.held_out_losses(
+                modules["objective"], modules["enhancer"], **held_out
+            )
+            # What is finished is not trained again.
+            run = train(path, changed, {"device": device, "noprogressbar": True})
             after = diagnostics.held_out_losses(
-                arm["objective"], load_enhancer(arm["output_folder"]), **held_out
+                modules["objective"], load_enhancer(run), **held_out
             )
             losses[targets] = before, after
-        stem = diagnostics.strategy_file(name).stem
-        common = {"objective": stem, "updates": settings["updates"]}
+        common = {"objective": path.stem, "updates": settings["updates"]}
         falls = diagnostics.falls_of_matched(losses, hparams["seed"])
         records += [{**common, **record} for record in falls]
         write(folder.parent / "causal.jsonl", records)
     return records
 
 
-def train(arguments):
-    """Run the training recipe in this process; what is finished is not trained again."""
-    path = Path(__file__).with_name("train.py")
-    spec = importlib.util.spec_from_file_location("train", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(arguments)
-
-
-def flow(value):
-    """A value as it is typed on the command line."""
-    stream = io.StringIO()
-    yaml = ruamel.yaml.YAML()
-    yaml.default_flow_style, yaml.width = True, 10**6
-    yaml.dump(value, stream)
-    return stream.getvalue().removesuffix("...\n").strip()
-
-
 def write(path, records):
-    """JSON lines, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(temporary, path)
+    """JSON lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+@command
+def main(argv):
+    """The command line."""
+    probe(*parse(argv))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,56 @@ import sys
 
 from pi_finetune.brains.enhancement import EnhancementBrain
 from pi_finetune.brains.updates import start_run
+from pi_finetune.commands import parse
+from pi_finetune.config import build
+from pi_finetune.distributed import on_main
+from pi_finetune.enhancers import load_weights
 from pi_finetune.errors import command
+from pi_finetune.objectives import load_teachers
 
 
-@command
-def main(argv):
-    """Run one experiment."""
-    hparams, run_opts = start_run(argv)
+def dataio_prepare(hparams):
+    """The noisy/clean pairs of training and of development.
+
+    The corpus is listed by the main process alone.
+    """
+    return [on_main(build, hparams[key]) for key in ("train_data", "valid_data")]
+
+
+def load_pretrained(hparams):
+    """Make the models that the experiment declares, and load their weights: ``modules``."""
+    modules = {name: build(module) for name, module in hparams["modules"].items()}
+    load_weights(modules["enhancer"], hparams["enhancer_weights"])
+    load_teachers(modules["objective"])
+    hparams["recognizers"] = build(hparams["recognizers"])
+    return modules
+
+
+def train(experiment, overrides=None, run_opts=None):
+    """Fine-tune an enhancer so that a teacher hears in its output what it hears in clean speech.
+
+    The run goes to output_folder (results/STRATEGY/SEED); the same call resumes it.
+
+    Arguments
+    ---------
+    experiment : str or Path
+        An experiment file, or the name of a shipped one.
+    overrides : dict, optional
+        Values of its top-level keys.
+    run_opts : dict, optional
+        SpeechBrain's run options, e.g. ``{"device": "cuda"}``.
+
+    Returns
+    -------
+    str
+        The run folder.
+    """
+    hparams, run_opts = start_run(__file__, experiment, overrides, run_opts)
+    train_data, valid_data = dataio_prepare(hparams)
+    modules = load_pretrained(hparams)
+    hparams["checkpointer"].add_recoverable("enhancer", modules["enhancer"])
     brain = EnhancementBrain(
-        modules=hparams["modules"],
+        modules=modules,
         opt_class=hparams["opt_class"],
         hparams=hparams,
         run_opts=run_opts,
@@ -27,15 +68,22 @@ def main(argv):
     )
     workers = hparams["num_workers"]
     valid_loader = brain.make_valid_loader(
-        hparams["valid_data"], batch_size=hparams["valid_batch_size"], num_workers=workers
+        valid_data, batch_size=hparams["valid_batch_size"], num_workers=workers
     )
     brain.fit(
         hparams["epoch_counter"],
-        brain.make_train_loader(hparams["train_data"], num_workers=workers),
+        brain.make_train_loader(train_data, num_workers=workers),
         valid_loader,
     )
     if brain.test_only:
         brain.evaluate(valid_loader, min_key="selection")
+    return hparams["output_folder"]
+
+
+@command
+def main(argv):
+    """The command line."""
+    train(*parse(argv))
 
 
 if __name__ == "__main__":

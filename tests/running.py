@@ -1,7 +1,8 @@
 """Running recipes in the tests, and reading what they leave."""
 
-import importlib.util
+import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,10 +15,7 @@ STRATEGIES = (
 
 def recipe(name):
     """The ``main`` of a recipe, in this process: importing PyTorch again takes seconds."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return importlib.import_module(f"pi_finetune.recipes.{name}").main
 
 
 def validations(run):
@@ -26,6 +24,20 @@ def validations(run):
 
 def scores(run):
     return [json.loads(line) for line in (run / "scores" / "test.jsonl").read_text().splitlines()]
+
+
+@dataclass(frozen=True)
+class Script:
+    """Python code in the place of an ablation's call."""
+
+    code: str
+    settings: dict
+
+    def words(self):
+        return ["script", "yaml", *(w for k, v in self.settings.items() for w in (f"--{k}", v))]
+
+    def __call__(self):
+        exec(self.code, {})
 
 
 class Parrot:

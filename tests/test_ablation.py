@@ -4,10 +4,11 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import submitit
-from running import HPARAMS, STRATEGIES, recipe
+from running import HPARAMS, STRATEGIES, Script, recipe
 
 from pi_finetune.ablation import STAMP, Ablation, Cell, run_cells
 from pi_finetune.config import load_hparams
@@ -19,8 +20,9 @@ def ablation(tmp_path, **overrides):
     return Ablation(load_hparams(HPARAMS / "ablation.yaml", overrides)[0])
 
 
-def option(command, key):
-    return command[command.index(f"--{key}") + 1]
+def option(call, key):
+    words = call.words()
+    return words[words.index(f"--{key}") + 1]
 
 
 def write_validations(cell, scores):
@@ -42,20 +44,20 @@ def test_cells_differ_in_nothing_but_strategy_teacher_seed_and_rate(tmp_path):
     assert [folder for folder in folders[2:] if "search" not in folder] == controls + runs
     assert len(folders) == len(set(folders)) == 2 + 3 * 3 + 6
     searches = [cell for cell in cells if cell.folder.is_relative_to(plan.results / "search")]
-    trainings = [cell.commands()[0] for cell in cells[2:] if cell not in searches]
+    trainings = [cell.calls()[0] for cell in cells[2:] if cell not in searches]
     for training in trainings:
         assert option(training, "lr") == "0.0003"  # the best of its search
         assert option(training, "updates") == "300"
     free = {"seed", "strategy", "results_folder", "teacher_source"}
     settings = [
-        {key: option(t, key) for key in (w[2:] for w in t if w.startswith("--"))
-         if key not in {*free, "noprogressbar"}}
-        for t in [[*t, ""] for t in trainings]
-    ]  # fmt: skip
+        {key: value for key, value in call.overrides.items() if key not in free}
+        for call in trainings
+    ]
+    assert all(call.run_opts == {"noprogressbar": True} for call in trainings)
     assert all(each == settings[0] for each in settings)
     # the search: the same for all, with fewer updates, away from the runs that are compared
     for cell in searches:
-        (training,) = cell.commands()
+        (training,) = cell.calls()
         assert (option(training, "updates"), option(training, "seed")) == ("100", "0")
 
 
@@ -77,8 +79,8 @@ def test_one_rate_is_not_searched(tmp_path):
 def test_a_variant_of_a_strategy_has_a_name_of_its_own(tmp_path):
     variant = {"smooth": {"hparams": "soft_dtw.yaml", "gamma": 1.0}}
     plan = ablation(tmp_path, strategies=variant, controls=[], lrs=[0.01])
-    training = plan.cells()[-1].commands()[0]
-    assert training[1].endswith("hparams/soft_dtw.yaml")
+    training = plan.cells()[-1].calls()[0]
+    assert training.experiment.parts[-2:] == ("hparams", "soft_dtw.yaml")
     assert option(training, "gamma") == "1.0" and option(training, "strategy") == "smooth"
 
 
@@ -103,20 +105,19 @@ def test_wrong_settings_are_named(tmp_path, overrides, message):
 @pytest.fixture
 def executor(tmp_path, monkeypatch):
     monkeypatch.setattr(submitit.Job, "_results_timeout_s", 1)  # for the results of the dead
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)  # where the workers find Script
     return submitit.AutoExecutor(tmp_path / "logs", cluster="local")
 
 
 @pytest.fixture
 def cell(tmp_path):
-    """A cell whose one command is a Python script; by default it appends to a file."""
+    """A cell whose one call runs Python code; by default it appends to a file."""
 
     def make(name, script="", needs=(), **settings):
-        path = tmp_path / f"{name}.py"
-        path.write_text(
-            f"import os\nopen({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\n{script}"
-        )
-        words = [str(path), "yaml", *(w for k, v in settings.items() for w in (f"--{k}", v))]
-        return Cell(tmp_path / "runs" / name, lambda: [words], tuple(needs))
+        noted = f"import os\nopen({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\n"
+        call = Script(noted + script, settings)
+        return Cell(tmp_path / "runs" / name, lambda: [call], tuple(needs))
 
     return make
 
@@ -160,7 +161,7 @@ def test_a_worker_that_always_dies_and_a_command_that_fails_do_not_stop_the_othe
     tmp_path, cell, executor
 ):
     die = "import signal\nos.kill(os.getpid(), signal.SIGKILL)"
-    broken = "import sys\nprint('error: lr: wrong', file=sys.stderr)\nsys.exit(2)"
+    broken = "from pi_finetune.errors import UserError\nraise UserError('lr: wrong')"
     dying, failing = cell("dying", die), cell("failing", broken)
     after, other = cell("after", needs=[failing]), cell("other")
     failed = run_cells(
@@ -169,7 +170,7 @@ def test_a_worker_that_always_dies_and_a_command_that_fails_do_not_stop_the_othe
     assert ran(tmp_path).count("dying") == 2 and ran(tmp_path).count("failing") == 1
     assert set(failed) == {dying.folder, failing.folder, after.folder}
     assert "its worker died" in failed[dying.folder]
-    assert "error: lr: wrong" in failed[failing.folder]
+    assert failed[failing.folder].startswith("lr: wrong\n")
     assert f"{failing.folder} failed" in failed[after.folder]
     assert other.done() and "after" not in ran(tmp_path)
     assert json.loads((failing.folder / STAMP).read_text())["complete"] is False

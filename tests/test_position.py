@@ -1,6 +1,5 @@
 """Position diagnostics on representations whose answers are known, and the recipe as it is run."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -9,6 +8,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import torch
+from running import recipe
 
 from pi_finetune import diagnostics
 from pi_finetune.enhancers import MaskEnhancer, save_enhancer
@@ -20,6 +20,7 @@ from pi_finetune.objectives import (
     WeightedSum,
 )
 from pi_finetune.perturbations import SpeedPerturbation, ZeroPadding
+from pi_finetune.recipes import probe_position
 from pi_finetune.report import position as report
 from pi_finetune.results import statistics
 from pi_finetune.teacher import Teacher
@@ -293,7 +294,7 @@ def test_an_odd_utterance_is_left_out(crops):
 def test_every_strategy_s_yaml_gives_its_own_objective(tiny_teacher):
     teacher = Teacher(str(tiny_teacher))
     found = {
-        name: diagnostics.load_objective(name, teacher)
+        name: probe_position.load_objective(name, teacher)
         for name in ("mse", "zero_pad", "soft_dtw", "speed_mse", "zero_pad_soft_dtw")
     }
     assert all(objective.teacher is teacher for objective in found.values())
@@ -301,9 +302,9 @@ def test_every_strategy_s_yaml_gives_its_own_objective(tiny_teacher):
     assert isinstance(found["soft_dtw"].distance, SoftDTWDistance)
     assert isinstance(found["soft_dtw"].perturbation, SpeedPerturbation)
     with pytest.raises(UserError, match=r"si_sdr\.yaml compares no representations"):
-        diagnostics.load_objective("si_sdr", teacher)
-    with pytest.raises(UserError, match=r"nope\.yaml does not exist"):
-        diagnostics.load_objective("nope", teacher)
+        probe_position.load_objective("si_sdr", teacher)
+    with pytest.raises(UserError, match="objectives: There is no experiment file nope"):
+        probe_position.load_objective("nope", teacher)
 
 
 def test_training_scores_of_a_weighted_objective(crops):
@@ -462,14 +463,10 @@ def probe(corpus, noises, tiny_teacher, tmp_path):
     }
 
     def run(**changes):
-        path = ROOT / "recipes" / "probe_position.py"
-        spec = importlib.util.spec_from_file_location("probe_position", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         arguments = [str(ROOT / "hparams" / "probe_position.yaml"), "--noprogressbar"]
         for key, value in {**settings, **changes}.items():
             arguments += [f"--{key}", str(value)]
-        module.main(arguments)
+        recipe("probe_position")(arguments)
         return tmp_path / "out" / "position"
 
     return run

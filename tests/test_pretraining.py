@@ -1,6 +1,5 @@
 """Targets, masks and the Brain of pre-training, and the recipe from a folder to a teacher."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from pi_finetune.data.targets import (
     num_frames,
 )
 from pi_finetune.errors import UserError
+from pi_finetune.recipes import pretrain_teacher
 from pi_finetune.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,12 +231,9 @@ TINY = [
 
 def recipe(corpus, output, *options):
     """Call the recipe's main, as the command line does."""
-    spec = importlib.util.spec_from_file_location("_", ROOT / "recipes" / "pretrain_teacher.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     hparams = str(ROOT / "hparams" / "pretrain_teacher.yaml")
     folders = ["--data_folder", str(corpus), "--output_folder", str(output)]
-    script.main([hparams, "--device", "cpu", *folders, *TINY, *options])
+    pretrain_teacher.main([hparams, "--device", "cpu", *folders, *TINY, *options])
 
 
 def validations(output):

@@ -61,5 +61,5 @@ def test_commands_name_recipes_and_keys_that_exist(readme):
             unknown = options - _keys(hparams[0], readme) - RUN_OPTIONS
         else:
             source = (ROOT / script).read_text()
-            unknown = {option for option in options if f'"--{option}"' not in source}
+            unknown = {name for name in options if not re.search(rf'"(--)?{name}"', source)}
         assert not unknown, f"{readme}: {' '.join(words)}: no option {unknown}"

@@ -208,12 +208,9 @@ def test_every_teacher_preset_trains(preset, corpus, noises, pretrained, tmp_pat
 
 def test_presets_say_what_they_change():
     def settings(overrides=None, experiment="soft_dtw"):
-        keep = "teacher: null\nenhancer: null\nobjective: null\nrecognizers: null\n"
-        keep += "train_data: null\nvalid_data: null\nmodules: null\n__load_weights: null\n"
-        keep += "checkpointer: null\ntrain_loggers: null\n"
-        text = load_hparams(ROOT / f"hparams/{experiment}.yaml", keep + (overrides or ""))[1]
+        hparams, text = load_hparams(ROOT / f"hparams/{experiment}.yaml", overrides)
         assert "!ref" not in text
-        return load_hparams(ROOT / f"hparams/{experiment}.yaml", keep + (overrides or ""))[0]
+        return hparams
 
     def speeds(hparams):
         return [float(factor) for factor in hparams["perturbation"].factors]
@@ -231,9 +228,12 @@ def test_presets_say_what_they_change():
     assert speeds(own) == [1.0, 2.0]
     assert own["teacher_source"] == "microsoft/wavlm-large"
     assert speeds(settings(preset, "speed_mse"))[0] == 0.8
-    assert settings("teacher_preset:\n  gamma: 2.0\n", "zero_pad_soft_dtw")["gamma"] == 2.0
-    with pytest.raises(UserError, match="teacher_preset"):
-        settings("teacher_preset: hparams/teachers/wavlm_large.yaml\n")
+    named = settings("teacher_preset: wavlm_large", "mse")  # which has no gamma
+    assert named["teacher_source"] == "microsoft/wavlm-large"
+    with pytest.raises(UserError, match=r"teacher_preset: name a file .* by --gamma 1\.0"):
+        settings("teacher_preset:\n  gamma: 2.0\n", "zero_pad_soft_dtw")
+    with pytest.raises(UserError, match="no preset wavlm_larg"):
+        settings("teacher_preset: wavlm_larg")
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Recognisers and the training of the CTC head, on generated speech and random models."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from running import Parrot
+from running import Parrot, recipe
 from safetensors.torch import load_file, save_file
 from synthetic import write_audio
 
@@ -617,10 +616,6 @@ def test_noisy_sets_are_those_of_evaluation(corpus, noises):
 
 @pytest.fixture
 def train(corpus, noises, tiny_teacher, tmp_path):
-    spec = importlib.util.spec_from_file_location("train_asr", ROOT / "recipes" / "train_asr.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-
     def run(results="results", experiment="asr_ctc", **changes):
         settings = {
             "data_folder": corpus,
@@ -638,7 +633,7 @@ def train(corpus, noises, tiny_teacher, tmp_path):
         arguments = [str(ROOT / "hparams" / f"{experiment}.yaml"), "--noprogressbar"]
         for key, value in settings.items():
             arguments += [f"--{key}", str(value)]
-        recipe.main(arguments)
+        recipe("train_asr")(arguments)
         return tmp_path / results / experiment / "1234"
 
     return run

@@ -4,15 +4,13 @@ import csv
 import json
 import math
 import re
-import runpy
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from running import recipe
 
 from pi_finetune import spectrograms
 from pi_finetune.errors import UserError
@@ -21,7 +19,6 @@ from pi_finetune.results.comparison import compare_runs
 from pi_finetune.results.runs import find_runs, load_runs, read_json_lines
 from pi_finetune.results.statistics import Bootstrap, Interval
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 FEW = Bootstrap(replicates=199)
 REFERENCE = "the cat sat on a mat by an old door"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -719,13 +716,12 @@ def test_report_in_chromium(report, scheme, width, tmp_path):
 # The command
 
 
-def run_compare(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["recipes/compare.py", *map(str, argv)])
-    runpy.run_path(str(RECIPES / "compare.py"), run_name="__main__")
+def run_compare(*argv):
+    recipe("compare")([str(word) for word in argv])
 
 
-def test_command_writes_prints_and_is_reproducible(results, monkeypatch, capsys):
-    run_compare(monkeypatch, *results.glob("*/*"), "--replicates", 99, "--html")
+def test_command_writes_prints_and_is_reproducible(results, capsys):
+    run_compare(*results.glob("*/*"), "--replicates", 99, "--html")
     out = capsys.readouterr().out
     assert "| soft_dtw" in out and str(results / "report.html") in out
     before = {p.name: p.read_text() for p in results.glob("*.*") if p.suffix != ".html"}
@@ -733,20 +729,20 @@ def test_command_writes_prints_and_is_reproducible(results, monkeypatch, capsys)
         f"{name}.{kind}" for name in ("table", "summary") for kind in ("csv", "md", "tex")
     } | {"convergence.csv", "convergence.md"}
     shutil.rmtree(results / "mse" / "1" / "scores" / "test")  # audio is not needed
-    run_compare(monkeypatch, results, "--replicates", 99)
+    run_compare(results, "--replicates", 99)
     assert before == {p.name: p.read_text() for p in results.glob("*.*") if p.suffix != ".html"}
 
 
-def test_command_shows_a_users_mistake_as_its_text(tmp_path, monkeypatch, capsys):
+def test_command_shows_a_users_mistake_as_its_text(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        run_compare(monkeypatch, tmp_path / "nowhere")
+        run_compare(tmp_path / "nowhere")
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nowhere'}: no such folder")
 
 
-def test_command_names_a_position_folder_that_is_not_there(results, monkeypatch, capsys):
+def test_command_names_a_position_folder_that_is_not_there(results, capsys):
     with pytest.raises(SystemExit):
-        run_compare(monkeypatch, results, "--html", "--position_folders", results / "nowhere")
+        run_compare(results, "--html", "--position_folders", results / "nowhere")
     assert "nowhere: no such folder" in capsys.readouterr().err
 
 

@@ -45,10 +45,11 @@ def test_every_strategy_runs_with_debug(train, strategy):
 
 
 def test_the_share_of_position_can_be_logged(train):
-    for record in validations(train("mse", log_position=True)):
+    logged = {"validation_callbacks": "!name:pi_finetune.diagnostics.training_scores"}
+    for record in validations(train("mse", **logged)):
         assert record["position_unequal"] > 0 and np.isfinite(record["position_share"])
     assert "position_share" not in validations(train("zero_pad"))[0]
-    assert "position_share" not in validations(train("si_sdr", log_position=True))[0]
+    assert "position_share" not in validations(train("si_sdr", **logged))[0]
 
 
 def test_no_strategy_is_named_in_the_brain():

@@ -6,7 +6,6 @@ import speechbrain as sb
 
 from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.data.loading import sample_lengths
-from pi_finetune.diagnostics import training_scores
 from pi_finetune.distributed import gather_in_turn, rank
 from pi_finetune.enhancers import config_text, save_enhancer
 from pi_finetune.errors import UserError
@@ -19,12 +18,16 @@ class EnhancementBrain(UpdateBrain):
     """Fine-tunes ``modules.enhancer`` by ``modules.objective``.
 
     From YAML it uses, besides what :class:`UpdateBrain` does: ``data_seed, wer_every, recognizers,
-    select_by, log_examples, log_position``.
+    select_by, log_examples, validation_callbacks``. A callback is called with the first batch of
+    each validation, ``callback(objective, enhanced [B, T], clean [B, T], lengths [B], ids) ->
+    dict``; what it returns is logged with the scores.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         config_text(self.modules.enhancer)  # one that could not be saved fails here
+        callbacks = self.hparams.validation_callbacks or []
+        self.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         self.recognizer = next(iter(self.hparams.recognizers), None)
         if self.hparams.select_by == "wer" and self.recognizer is None:
             raise UserError("select_by: wer needs a recogniser; set asr_source or select_by.")
@@ -55,17 +58,18 @@ class EnhancementBrain(UpdateBrain):
         rngs = perturbation_rngs(seed, batch)
         losses = self.modules.objective(enhanced, batch.clean.data, lengths, rngs)
         if not training:
+            if not self.scores:  # the first batch stands for all
+                for callback in self.callbacks:
+                    self.added |= callback(
+                        self.modules.objective, enhanced, batch.clean.data, lengths, batch.id
+                    )
             self._score(enhanced, batch, lengths, losses)
-            if self.hparams.log_position and not self.position:  # the first batch stands for all
-                self.position = training_scores(
-                    self.modules.objective, enhanced, batch.clean.data, lengths, batch.id
-                )
         return losses.mean()
 
     def on_stage_start(self, stage, epoch=None):
         """Start the scores of a validation."""
         super().on_stage_start(stage, epoch)
-        self.scores, self.examples, self.position = [], {}, {}
+        self.scores, self.examples, self.added = [], {}, {}
         every = self.hparams.wer_every
         self.with_wer = (
             self.recognizer is not None
@@ -133,7 +137,7 @@ class EnhancementBrain(UpdateBrain):
             missing = sum(fields["nll"] is None for fields in likelihood)
             if missing:
                 summary["nll_missing"] = missing
-        return {**summary, **self.position}
+        return {**summary, **self.added}
 
     def _selection(self, record):
         """The chosen score as a number to be minimised; infinite where it was not computed."""

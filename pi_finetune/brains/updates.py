@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from torch.utils.data import DataLoader, Subset
 
-from pi_finetune.config import load_hparams, refuse_other_settings
+from pi_finetune.config import build, find_hparams, load_hparams, refuse_other_settings
 from pi_finetune.data.loading import ShareOfSampler, UpdateBatchSampler, UpdateSampler
 from pi_finetune.distributed import (
     mean_over_processes,
@@ -29,28 +28,40 @@ from pi_finetune.files import write_text
 logger = sb.utils.logger.get_logger(__name__)
 
 
-def start_run(argv):
-    """Read a recipe's command line, and open its run folder.
+def start_run(recipe, experiment, overrides=None, run_opts=None):
+    """Load an experiment, and open its run folder: settings, checkpoints and logs.
+
+    Arguments
+    ---------
+    recipe : str
+        The recipe's file, of which the folder keeps a copy.
+    experiment : str or Path
+        An experiment file, or the name of a shipped one.
+    overrides : dict, optional
+        Values of its keys.
+    run_opts : dict, optional
+        SpeechBrain's run options, e.g. ``{"device": "cuda"}``.
 
     Returns
     -------
-    (dict, dict)
-        Hyperparameters, and SpeechBrain's run options.
+    (dict, speechbrain.utils.run_opts.RunOptions)
+        Hyperparameters, with ``checkpointer`` and ``train_loggers`` made; and the run options.
 
     Raises
     ------
     UserError
         The settings are wrong, or the folder holds a run with others.
     """
-    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     run_opts = start_processes(run_opts)
-    hparams, resolved = load_hparams(hparams_file, overrides)
+    hparams, resolved = load_hparams(find_hparams(experiment), overrides)
     if hparams["updates"] % hparams["valid_every"]:
         raise UserError("updates: must be a multiple of valid_every, so that the end is validated.")
     folder = Path(hparams["output_folder"])
     on_main(refuse_other_settings, folder, resolved)
     sb.create_experiment_directory(experiment_directory=str(folder))
-    on_main(_record, folder, resolved, sys._getframe(1).f_code.co_filename)
+    on_main(_record, folder, resolved, recipe)
+    for key in ("checkpointer", "train_loggers"):
+        hparams[key] = build(hparams[key])
     return hparams, run_opts
 
 

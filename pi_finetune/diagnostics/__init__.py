@@ -14,19 +14,16 @@ Six diagnostics, five of a teacher and one of two objectives:
 from pi_finetune.diagnostics.causal import (
     TARGETS,
     MismatchedTargets,
-    causal_yaml,
     falls_of_matched,
     held_out_losses,
 )
 from pi_finetune.diagnostics.gradients import batch_gradients, gradient_agreement
 from pi_finetune.diagnostics.probe import position_probe, ridge_probe
 from pi_finetune.diagnostics.share import (
-    load_objective,
     moved_values,
     objective_share,
     representation_objective,
     share_of_fall,
-    strategy_file,
     training_scores,
 )
 from pi_finetune.diagnostics.shift import SHIFTS, shift_curve, unrelated_distance
@@ -51,14 +48,12 @@ __all__ = [
     "MismatchedTargets",
     "Offset",
     "batch_gradients",
-    "causal_yaml",
     "chosen_layers",
     "content_free_similarity",
     "falls_of_matched",
     "gradient_agreement",
     "held_out_losses",
     "load_crops",
-    "load_objective",
     "moved_values",
     "objective_share",
     "position_probe",
@@ -67,7 +62,6 @@ __all__ = [
     "share_of_fall",
     "shift_curve",
     "similarity_by_offset",
-    "strategy_file",
     "training_scores",
     "unrelated_distance",
 ]

@@ -7,7 +7,6 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch
 
 from pi_finetune.data.loading import sample_lengths
-from pi_finetune.diagnostics.share import strategy_file
 from pi_finetune.diagnostics.views import Offset
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number
@@ -34,15 +33,9 @@ class MismatchedTargets(torch.nn.Module):
 
     def __init__(self, objective, offset_seconds=0.0):
         super().__init__()
-        if offset_seconds:
-            hop = objective.teacher.hop
-            objective = RepresentationObjective(
-                objective.teacher,
-                objective.distance,
-                Offset(offset_seconds, objective.perturbation, hop, random=True),
-                objective.perturbed_branch,
-            )
         self.objective = objective
+        self.offset_seconds = offset_seconds
+        self._moved = None  # made when the teacher is there, whose hop it needs
 
     def forward(self, enhanced, clean, lengths, rngs):
         """``[B, T], [B, T], [B]`` and a generator per utterance to [B]; B is at least 2."""
@@ -53,46 +46,18 @@ class MismatchedTargets(torch.nn.Module):
             )
         lengths = torch.minimum(lengths, lengths.roll(1))
         longest = int(lengths.max())
-        return self.objective(enhanced[:, :longest], clean.roll(1, 0)[:, :longest], lengths, rngs)
+        if self.offset_seconds and self._moved is None:
+            own = self.objective
+            offset = Offset(self.offset_seconds, own.perturbation, own.teacher.hop, random=True)
+            self._moved = RepresentationObjective(
+                own.teacher, own.distance, offset, own.perturbed_branch
+            ).train(self.training)
+        objective = self._moved or self.objective
+        return objective(enhanced[:, :longest], clean.roll(1, 0)[:, :longest], lengths, rngs)
 
 
 #: The arms of the causal test: what stands in the place of a strategy's objective.
 TARGETS = ("matched", "mismatched", "mismatched_moved")
-
-
-_REPRESENTATION = """!new:pi_finetune.objectives.RepresentationObjective
-{indent}    teacher: !ref <teacher>
-{indent}    distance: !ref <distance>
-{indent}    perturbation: !ref <perturbation>
-{indent}    perturbed_branch: !ref <perturbed_branch>
-"""
-
-
-def causal_yaml(strategy, targets, offset_seconds=2.0):
-    """The text of a training file that differs from a strategy's in its targets alone.
-
-    Arguments
-    ---------
-    strategy : str
-        As for :func:`strategy_file`.
-    targets : str
-        ``matched``, ``mismatched`` or ``mismatched_moved`` (at random offsets).
-    offset_seconds : float
-        The largest random offset.
-
-    Returns
-    -------
-    str
-    """
-    if targets not in TARGETS:
-        raise ValueError(f"targets: got {targets!r}, needed is one of {', '.join(TARGETS)}.")
-    path = strategy_file(strategy)
-    text = f"extends: {path}\nstrategy: {path.stem}-{targets}\nobjective: "
-    if targets == "matched":
-        return text + _REPRESENTATION.format(indent="")
-    text += "!new:pi_finetune.diagnostics.MismatchedTargets\n    objective: "
-    text += _REPRESENTATION.format(indent="    ")
-    return text + f"    offset_seconds: {offset_seconds * (targets == 'mismatched_moved')}\n"
 
 
 @torch.no_grad()

@@ -1,12 +1,10 @@
 """Which share of what an objective can win is position."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from pi_finetune.config import PROJECT_ROOT, load_hparams
 from pi_finetune.data.audio import SAMPLE_RATE
 from pi_finetune.diagnostics.views import (
     AllLayers,
@@ -40,45 +38,6 @@ def representation_objective(objective):
     """
     found = (m for m in objective.modules() if isinstance(m, RepresentationObjective))
     return next(found, None)
-
-
-def strategy_file(name):
-    """The YAML file of a strategy: ``hparams/NAME.yaml``, or a path that ends in ``.yaml``."""
-    is_path = str(name).endswith(".yaml")
-    path = Path(name).resolve() if is_path else PROJECT_ROOT / "hparams" / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"objectives: {path} does not exist. Name a file of hparams/, or a path.")
-    return path
-
-
-#: Keys of a training file that cost time or write files, and are no part of its objective.
-_NOT_THE_OBJECTIVE = (
-    "__set_seed", "teacher", "enhancer", "recognizers", "modules", "__load_weights", "train_data",
-    "valid_data", "checkpointer", "train_loggers",
-)  # fmt: skip
-
-
-def load_objective(name, teacher):
-    """The representation objective a strategy's YAML file declares, with another teacher.
-
-    Arguments
-    ---------
-    name : str
-        As for :func:`strategy_file`.
-    teacher : pi_finetune.teacher.Teacher
-
-    Returns
-    -------
-    RepresentationObjective
-    """
-    path = strategy_file(name)
-    hparams, _ = load_hparams(path, dict.fromkeys(_NOT_THE_OBJECTIVE))
-    declared = representation_objective(hparams["objective"])
-    if declared is None:
-        raise UserError(f"objectives: {path} compares no representations, so leave it out.")
-    return RepresentationObjective(
-        teacher, declared.distance, declared.perturbation, declared.perturbed_branch
-    )
 
 
 @torch.no_grad()
