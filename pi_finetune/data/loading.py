@@ -73,6 +73,8 @@ class SpeechPairs(Dataset):
                 for entry in entries
             ]
             noises = (self.mixer.snrs, recordings)
+            if self.mixer.filtered:
+                noises += (self.mixer.filtered,)
         entries = [(key, self.manifest[key]["duration"], snr) for key, snr in self.items]
         described = json.dumps([entries, noises, self.seed, self.segment])
         return hashlib.sha256(described.encode()).hexdigest()[:16]
@@ -284,6 +286,7 @@ def load_pairs(
     max_seconds=None,
     too_long="drop",
     each_snr=False,
+    noise_filtered=0.0,
 ):
     """Make the noisy/clean pairs of one part of an experiment, from folders.
 
@@ -304,6 +307,8 @@ def load_pairs(
         As for :func:`choose`.
     too_long : str
         ``drop`` (default) leaves utterances above ``max_seconds`` out, ``error`` raises.
+    noise_filtered : float
+        ``filtered`` of :class:`~pi_finetune.data.mixing.NoiseMixer`.
 
     Returns
     -------
@@ -323,5 +328,5 @@ def load_pairs(
     if not all("noisy" in entry for entry in manifest.values()):
         if noise_folder is None:
             raise UserError(f"noise_folder: needed, since {data_folder} has no noisy files.")
-        mixer = NoiseMixer(prepare_noise(noise_folder, part, noise_classes), snrs)
+        mixer = NoiseMixer(prepare_noise(noise_folder, part, noise_classes), snrs, noise_filtered)
     return SpeechPairs(manifest, mixer, seed, segment_seconds, each_snr)
