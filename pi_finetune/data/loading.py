@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from torch.utils.data import Dataset, Sampler
 
@@ -249,6 +250,14 @@ def sample_lengths(padded):
     Exact up to 2**22 samples (4 min at 16 kHz), beyond which float32 shares are too coarse.
     """
     return (padded.lengths * padded.data.shape[1]).round().long()
+
+
+def collate(items):
+    """SpeechBrain's ``PaddedBatch``, with the SNRs as a list: clean speech among them has None."""
+    batch = PaddedBatch([{k: v for k, v in item.items() if k != "snr"} for item in items])
+    if "snr" in items[0]:
+        batch.snr = [item["snr"] for item in items]
+    return batch
 
 
 def choose(manifest, count, max_seconds=None, seed=0):
