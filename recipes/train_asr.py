@@ -38,8 +38,12 @@ def dataio_prepare(hparams):
     The corpus is listed by the main process alone.
     """
     train, valid, test = (
-        on_main(prepare_speech, hparams["data_folder"], hparams[f"{part}_splits"])
-        for part in ("train", "valid", "test")
+        on_main(prepare_speech, hparams[folder], hparams[f"{part}_splits"])
+        for part, folder in (
+            ("train", "train_folder"),
+            ("valid", "data_folder"),
+            ("test", "data_folder"),
+        )
     )
     mixer = on_main(build, hparams["train_mixer"])
     parts = {"encoder": hparams["encoder"], "tokenizer": hparams["tokenizer"]}

@@ -5,10 +5,16 @@
 Speech comes out in LibriSpeech's layout, noise as one folder of CLASS-NNN.ogg. The
 same seed and engine versions give the same files, byte for byte. An earlier
 ``speech`` or ``noise`` folder is replaced only when the new one is complete.
+
+    python tools/mini/synthesize.py --output_folder more --seed 1234 --more 3000
+
+makes instead hours of speech by many voices, for a recogniser: ``more/speech`` with the training
+split alone. No test or dev voice speaks in it, and none of their sentences is said.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import struct
 import sys
@@ -22,10 +28,10 @@ import numpy as np
 import soundfile as sf
 from grammar import VOCABULARY, sentences
 from tqdm import tqdm
-from voices import SAMPLE_RATE, VOICES, require_engines, speak
+from voices import MORE_VOICES, SAMPLE_RATE, VOICES, require_engines, speak, varied
 
 from pi_finetune.errors import UserError, command
-from pi_finetune.files import write_text
+from pi_finetune.files import replacing, write_text
 from pi_finetune.seeding import utterance_rng
 
 SPLITS = ("train", "dev", "test")
@@ -45,6 +51,10 @@ def main(argv=None):
     parser.add_argument("--output_folder", default="assets/mini")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--only", choices=("speech", "noise"), help="leave the other part as it is")
+    parser.add_argument(
+        "--more", type=int, metavar="N", help="N training utterances of many voices, nothing else"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="with --more. Default: 1")
     args = parser.parse_args(argv)
 
     versions = require_engines()  # babble is spoken too
@@ -53,6 +63,9 @@ def main(argv=None):
         raise UserError(f"--output_folder: {folder} is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     texts = split_texts(args.seed)
+    if args.more is not None:
+        make_more(folder, texts, args.seed, args.more, args.processes)
+        return
     for part, make in (("speech", make_speech), ("noise", make_noise)):
         if args.only not in (None, part):
             continue
@@ -121,6 +134,44 @@ def make_speech(folder, texts, seed):
     counts = Counter(w for v in voices if v.split == "train" for t in texts[v] for w in t.split())
     facts["vocabulary"] = {"words": len(counts), "fewest uses in train": min(counts.values())}
     return facts
+
+
+def make_more(folder, texts, seed, count, processes):
+    """Write ``count`` training utterances; those of an interrupted run are kept."""
+    rng = np.random.default_rng(seed)
+    held_out = {
+        line for voice, lines in texts.items() if voice and voice.split != "train" for line in lines
+    }
+    lines = sentences(rng, count, held_out, candidates=20)
+    voices = [v for v in VOICES if v.split == "train"]
+    # Half of the speech is by voices of real speakers, of which there are few.
+    human = [v for v in voices if v.engine != "espeak-ng"]
+    robots = [v for v in (*voices, *MORE_VOICES) if v.engine == "espeak-ng"]
+    human += [v for v in MORE_VOICES if v.engine != "espeak-ng"] * 2
+    jobs, texts_of = [], {}
+    for number, text in enumerate(lines):
+        group = human if number % 2 else robots
+        voice = group[number // 2 % len(group)]
+        name = f"{voice.speaker}-1-{number:05d}"
+        jobs.append((folder / "speech" / "train" / voice.speaker / "1", name, voice, text, seed))
+        texts_of.setdefault(voice.speaker, []).append(f"{name} {text}\n")
+    for chapter in {job[0] for job in jobs}:
+        chapter.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.Pool(processes) as pool:
+        list(tqdm(pool.imap_unordered(_one_more, jobs, 8), total=count, desc="speech", unit="utt"))
+    for speaker, said in texts_of.items():
+        chapter = folder / "speech" / "train" / speaker / "1"
+        write_text(chapter / f"{speaker}-1.trans.txt", "".join(said))
+
+
+def _one_more(job):
+    chapter, name, voice, text, seed = job
+    path = chapter / f"{name}.flac"
+    if not path.exists():
+        rng = utterance_rng(seed, 0, name, "more")
+        with replacing(path) as temporary:
+            samples = utterance(varied(voice, rng), text, rng)
+            sf.write(temporary, samples, SAMPLE_RATE, format="FLAC")
 
 
 def utterance(voice, text, rng):
