@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes of make test; each needs a core and 2 GB.
+WORKERS ?= 2
 
 .PHONY: setup demo test lint docs clean
 
@@ -27,8 +29,10 @@ $(VENV)/.complete: requirements.txt tests/requirements.txt constraints.txt pypro
 demo: setup
 	@"$(BIN)/python" recipes/ablate.py hparams/demo.yaml
 
+# A test moves to a worker that has none left; until then neighbours stay together, and so do the
+# models that their module builds once.
 test: setup
-	"$(BIN)/python" -m pytest
+	"$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal
 
 lint: setup
 	"$(BIN)/ruff" format --check .

@@ -197,6 +197,7 @@ def test_an_interruption_cancels_the_workers(tmp_path, cell, executor, kind):
             threading.Event().wait(0.05)
         os.kill(os.getpid(), kind)
 
+    terminated = signal.getsignal(signal.SIGTERM)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
     threading.Thread(target=interrupt).start()
     try:
@@ -204,7 +205,7 @@ def test_an_interruption_cancels_the_workers(tmp_path, cell, executor, kind):
             run_cells([endless], executor, poll_seconds=0.05)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was
+    assert signal.getsignal(signal.SIGTERM) is terminated  # as it was
     pid = int((tmp_path / "pid").read_text())
     for _ in range(200):
         try:

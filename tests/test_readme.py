@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import ruamel.yaml
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [
     ROOT / "README.md",
+    *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG")),
     *sorted((ROOT / "recipes").glob("*/README.md")),
     *sorted((ROOT / "assets").rglob("README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -63,3 +65,19 @@ def test_commands_name_recipes_and_keys_that_exist(readme):
             source = (ROOT / script).read_text()
             unknown = {name for name in options if not re.search(rf'"(--)?{name}"', source)}
         assert not unknown, f"{readme}: {' '.join(words)}: no option {unknown}"
+
+
+def test_the_workflow_tests_every_python_that_is_allowed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lowest, below = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups()
+    workflow = ruamel.yaml.YAML().load((ROOT / ".github/workflows/tests.yml").read_text())
+    allowed = [f"3.{minor}" for minor in range(int(lowest), int(below))]
+    assert workflow["jobs"]["tests"]["strategy"]["matrix"]["python"] == allowed
+
+
+def test_the_citation_is_of_this_version():
+    citation = ruamel.yaml.YAML().load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == project["version"] and citation["license"] == project["license"]
+    (paper,) = citation["references"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2601.21084"
