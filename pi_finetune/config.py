@@ -149,7 +149,8 @@ def _overridden_tree(path, overrides):
     _check_keys(overrides, tree, path)
     _apply_preset(tree, overrides, Path.cwd())
     for key, value in overrides.items():
-        if isinstance(value, dict) and isinstance(tree[key], dict):
+        tagged = getattr(getattr(value, "tag", None), "value", None)  # another block, not its keys
+        if isinstance(value, dict) and isinstance(tree[key], dict) and not tagged:
             recursive_update(tree[key], value)
         else:  # a list may become a mapping, a block a word
             tree[key] = str(value) if isinstance(value, Path) else value
@@ -204,8 +205,8 @@ def _merged_tree(path, _seen=()):
     # Includes become absolute here, since the merged text has no folder of its own. A YAML tag
     # ends at a blank, which %20 stands for.
     text = re.sub(
-        r"!include:([^\s,}\]]+)",
-        lambda match: f"!include:{quote(str(_beside(path, match.group(1))))}",
+        r"(#.*)|!include:([^\s,}\]]+)",  # not in a comment
+        lambda found: found[1] or f"!include:{quote(str(_beside(path, found[2])))}",
         text,
     )
     tree = parse_yaml(text, path)
