@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Padded", "Waveforms", "as_lengths", "as_pair", "length_mask", "shares", "zero_beyond"]
+__all__ = [
+    "Padded",
+    "Waveforms",
+    "as_lengths",
+    "as_pair",
+    "content_frames",
+    "length_mask",
+    "shares",
+    "zero_beyond",
+]
 
 
 def as_lengths(lengths: Any) -> Tensor:
@@ -245,6 +254,32 @@ class Waveforms(Padded):
         if self.ids is None:
             return None
         return tuple((name, what, value) for name, value in zip(self.ids, how, strict=True))
+
+
+def content_frames(reps: Tensor, wavs: Waveforms, hop: int, counts: Tensor) -> Tensor:
+    """What a teacher made of the content, from what it made of everything.
+
+    Arguments
+    ---------
+    reps : Tensor
+        [B, F, ...], all frames of ``wavs``; frame k begins at sample k * ``hop``.
+    wavs : Waveforms
+        Their content begins after whole hops.
+    hop : int
+        In samples.
+    counts : Tensor
+        [B], frames of the content.
+
+    Returns
+    -------
+    Tensor
+        [B, N, ...], zero beyond ``counts``; N is the largest of them.
+    """
+    if wavs.content is None:
+        return zero_beyond(reps[:, : int(counts.max())], counts)
+    first = (wavs.content_start // hop).tolist()
+    rows = [row[start : start + n] for row, start, n in zip(reps, first, counts.tolist())]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def as_pair(

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from pi_finetune.errors import UserError
-from pi_finetune.lengths import Waveforms, length_mask, zero_beyond
+from pi_finetune.lengths import Waveforms, content_frames, length_mask, zero_beyond
 
 __all__ = ["CNN", "FAMILIES", "SAMPLE_RATE", "Teacher", "quiet_transformers", "standardised"]
 
@@ -201,7 +201,8 @@ class Teacher(nn.Module):
         waveforms = self._checked(wavs, lengths)
         states = self._run(waveforms, self.layers)
         reps = states[0] if len(states) == 1 else torch.stack(states).mean(0)
-        return self._content(reps, waveforms), self.frames(waveforms.content_lengths)
+        frame_lengths = self.frames(waveforms.content_lengths)
+        return content_frames(reps.float(), waveforms, self.hop, frame_lengths), frame_lengths
 
     def hidden_states(
         self,
@@ -215,18 +216,9 @@ class Teacher(nn.Module):
         """
         waveforms = self._checked(wavs, lengths)
         states = self._run(waveforms, range(self.num_layers + 1) if layers is None else layers)
-        contents = torch.stack([self._content(x, waveforms) for x in states])
-        return contents, self.frames(waveforms.content_lengths)
-
-    def _content(self, reps: Tensor, wavs: Waveforms) -> Tensor:
-        """What lies on the content [B, F, D] of all frames, in float32, with zeros beyond."""
-        reps = reps.float()
-        if wavs.content is None:
-            return zero_beyond(reps, self.frames(wavs.lengths))
-        first = wavs.content_start.div(self.hop, rounding_mode="floor").tolist()
-        counts = self.frames(wavs.content_lengths).tolist()
-        rows = [row[start : start + n] for row, start, n in zip(reps, first, counts)]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        frame_lengths = self.frames(waveforms.content_lengths)
+        contents = [content_frames(x.float(), waveforms, self.hop, frame_lengths) for x in states]
+        return torch.stack(contents), frame_lengths
 
     def _run(self, wavs: Waveforms, layers: Sequence[int | str]) -> list[Tensor]:
         """Those of the hidden states, [B, F, D] each, of all that is heard."""
@@ -321,7 +313,7 @@ class Teacher(nn.Module):
         # Convolutions reach a frame beyond the content, and its spectrogram half a window: the
         # content's frames are those it has by itself, those around it what is heard there.
         alone = self._whisper_convolutions(wavs.contents().data)
-        first = wavs.content_start.div(self.hop, rounding_mode="floor").tolist()
+        first = (wavs.content_start // self.hop).tolist()
         counts = self.frames(wavs.content_lengths).tolist()
         rows = zip(heard, alone, first, counts)
         return torch.stack([torch.cat([x[:s], y[:n], x[s + n :]]) for x, y, s, n in rows])

@@ -3,6 +3,7 @@
 import math
 
 import speechbrain as sb
+import torch
 
 from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.distributed import gather_in_turn, rank

@@ -229,7 +229,7 @@ class Demucs(WaveformEnhancer):
         time = wavs.shape[1]
         x = (wavs / (self.floor + stream.scale))[:, None]
         x = F.pad(x, (0, self.valid_length(time) - time))
-        skips, sizes = self._encode(x, torch.full((len(x),), x.shape[2], device=x.device))
+        skips, sizes = self._encode(x, torch.full((len(x),), x.shape[2]))
         frames = skips[-1].permute(2, 0, 1)
         first = stream.frame - origin // self.grid
         then = min(len(frames), max(first, resume_at // self.grid - origin // self.grid))
