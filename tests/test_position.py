@@ -488,9 +488,11 @@ def test_the_recipe_writes_lines_figures_and_a_section(probe, capsys):
         assert "<svg" in (folder / f"{name}.svg").read_text()
     found = lines(folder / "share.jsonl")
     assert [(r["objective"], r["layer"]) for r in found] == [
-        (name, layer) for name in ("mse", "zero_pad", "soft_dtw") for layer in range(3)
+        (name, layer) for name in ("mse", "zero_pad", "soft_dtw") for layer in ("cnn", 0, 1, 2)
     ]
     assert all(r["pairs"] == 11 and r["low"] <= r["share"] <= r["high"] for r in found)
+    shift = lines(folder / "shift.jsonl")
+    assert max(r["ratio"] for r in shift if r["layer"] == "cnn") < 1e-10
     section = report.position_section(folder)
     assert section.count("data:image/svg+xml") == 4 and "similarity.jsonl" in section
     first = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pi_finetune.data.audio import SAMPLE_RATE
-from pi_finetune.diagnostics.views import chosen_layers, content_frames, in_order
+from pi_finetune.diagnostics.views import chosen_layers, content_frames
 from pi_finetune.files import json_number
 from pi_finetune.results.statistics import bootstrap_ratio, ratio_fields
 
@@ -85,4 +85,4 @@ def shift_curve(teacher, wavs, shifts=SHIFTS, layers=None, batch_size=8, seed=0)
                     **ratio_fields("ratio", found),
                 }
             )
-    return sorted(records, key=lambda record: (in_order(record["layer"]), record["shift"]))
+    return sorted(records, key=lambda record: (names.index(record["layer"]), record["shift"]))

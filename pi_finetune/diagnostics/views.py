@@ -113,11 +113,6 @@ def chosen_layers(teacher, layers=None):
     return found
 
 
-def in_order(layer):
-    """A key that sorts names of layers: those without a number come first."""
-    return layer if isinstance(layer, int) else -1
-
-
 class AllLayers:
     """A teacher seen by :class:`RepresentationObjective` as having frames of [L, D], not of [D].
 
