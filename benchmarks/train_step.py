@@ -23,15 +23,15 @@ import time
 import speechbrain
 import torch
 import transformers
-from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.integrations.huggingface.hubert import HuBERT
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from pi_finetune.config import load_hparams
 from pi_finetune.data.audio import SAMPLE_RATE
-from pi_finetune.data.loading import UpdateSampler, sample_lengths
+from pi_finetune.data.loading import UpdateSampler, collate
 from pi_finetune.files import write_text
+from pi_finetune.lengths import Waveforms, shares
 from pi_finetune.perturbations import NoPerturbation
 from pi_finetune.seeding import utterance_rng
 
@@ -82,26 +82,26 @@ class Ours:
         self.seed = hparams["seed"]
         self.device = device
 
-    def compare(self, clock, enhanced, clean, lengths, ids):
+    def compare(self, clock, enhanced, clean, ids):
         rngs = [utterance_rng(self.seed, 0, key, "perturbation") for key in ids]
         objective = self.objective
         with torch.no_grad():
-            y = objective.represent(clean, lengths, rngs, objective.perturbation)
+            y = objective.represent(clean, rngs, objective.perturbation)
         clock("teacher, clean")
-        x = objective.represent(enhanced, lengths, rngs, NoPerturbation())
+        x = objective.represent(enhanced, rngs, NoPerturbation())
         clock("teacher, enhanced")
         return objective.distance(*x, *y).mean()
 
-    def step(self, clock, ids, noisy, clean, lengths):
-        batch = PaddedBatch([self.data[i, 0] for i in ids])
+    def step(self, clock, ids, noisy, clean):
+        batch = collate([self.data[i, 0] for i in ids])
         clock("loading and mixing")
-        return self.work(clock, batch.id, noisy, clean, lengths)
+        return self.work(clock, batch.id, noisy, clean)
 
-    def work(self, clock, keys, noisy, clean, lengths):
+    def work(self, clock, keys, noisy, clean):
         """All of a step but the loading."""
-        enhanced = self.enhancer(noisy, lengths)
+        enhanced = self.enhancer(noisy)
         clock("enhancer")
-        loss = self.compare(clock, enhanced, clean, lengths, keys)
+        loss = self.compare(clock, enhanced, clean, keys)
         clock("distance")
         loss.backward()
         clock("backward")
@@ -121,22 +121,22 @@ class Plain(Ours):
             HuBERT(teacher, "", freeze=False).to(device).float().eval().requires_grad_(False)
         )
 
-    def compare(self, clock, enhanced, clean, lengths, ids):
-        shares = lengths / lengths.max()
-        y = self.teacher(clean, shares)
+    def compare(self, clock, enhanced, clean, ids):
+        relative = shares(clean.lengths, clean.data.shape[1], clean.data.device)
+        y = self.teacher(clean.data, relative)
         clock("teacher, clean")
-        x = self.teacher(enhanced, shares)
+        x = self.teacher(enhanced.data, relative)
         clock("teacher, enhanced")
         return (x - y).square().mean()
 
 
 def waveforms(data, ids, samples, device):
-    """Noisy and clean [B, T] of exactly ``samples``: shorter utterances go round."""
+    """Noisy and clean ``Waveforms`` of exactly ``samples``: shorter utterances go round."""
     items = [data[i, 0] for i in ids]
     return [
-        torch.stack([item[k].repeat(-(-samples // len(item[k])))[:samples] for item in items]).to(
-            device
-        )
+        Waveforms.collate(
+            [item[k].repeat(-(-samples // len(item[k])))[:samples] for item in items]
+        ).to(device)
         for k in ("noisy", "clean")
     ]
 
@@ -157,16 +157,13 @@ def measure(arguments, folder):
     ids = list(range(arguments.batch_size))
     samples = int(arguments.seconds * SAMPLE_RATE)
     noisy, clean = waveforms(first.data, ids, samples, device)
-    lengths = torch.full((len(ids),), samples, device=device)
 
     times = {name: [] for name in variants}
     for repeat in range(arguments.repeats + 1):
         names = collections.deque(variants)
         names.rotate(repeat)
         for name in names:
-            stages = variants[name].step(
-                Clock(device, arguments.cpu_time), ids, noisy, clean, lengths
-            )
+            stages = variants[name].step(Clock(device, arguments.cpu_time), ids, noisy, clean)
             if repeat:  # the first warms up
                 times[name].append(stages)
                 print(f"{repeat}/{arguments.repeats} {name}: {sum(stages.values()):.2f} s")
@@ -188,7 +185,7 @@ def waiting(variant, arguments, workers):
     sampler = UpdateSampler(len(variant.data), batches * arguments.batch_size, variant.seed)
     loader = torch.utils.data.DataLoader(
         variant.data, arguments.batch_size, sampler=sampler, num_workers=workers,
-        collate_fn=PaddedBatch,
+        collate_fn=collate,
     )  # fmt: skip
     waits, steps, batch_iterator = [], [], iter(loader)
     for _ in range(batches):
@@ -196,8 +193,7 @@ def waiting(variant, arguments, workers):
         batch = next(batch_iterator).to(arguments.device)
         clock("waiting")
         wait = clock.stages.pop("waiting")
-        lengths = sample_lengths(batch.noisy)
-        stages = variant.work(clock, batch.id, batch.noisy.data, batch.clean.data, lengths)
+        stages = variant.work(clock, batch.id, batch.noisy, batch.clean)
         waits.append(wait)
         steps.append(sum(stages.values()))
     return {"wait": statistics.median(waits[2:]), "step": statistics.median(steps[2:])}

@@ -97,21 +97,21 @@ def remedies(teacher, wavs):
     count = int(x_lengths)
     columns = (
         ("mse", clean, 0),
-        ("zero_pad", padded.wavs, int(padded.content_start)),
-        ("soft_dtw", fast.wavs, 0),
+        ("zero_pad", padded.data, int(padded.content_start)),
+        ("soft_dtw", fast.data, 0),
     )
     for (name, wav, start), above, below in zip(columns, *axes):
         time = np.arange(wav.shape[1]) / SAMPLE_RATE
         above.plot(time, wav[0], linewidth=0.3, color="C0", rasterized=True)
-        stop = start + (fast.wavs if name == "soft_dtw" else clean).shape[1]
+        stop = start + (fast.data if name == "soft_dtw" else clean).shape[1]
         above.axvspan(start / SAMPLE_RATE, stop / SAMPLE_RATE, color="C1", alpha=0.15, linewidth=0)
-        above.set(title=name, yticks=[], xlim=(0, padded.wavs.shape[1] / SAMPLE_RATE))
+        above.set(title=name, yticks=[], xlim=(0, padded.data.shape[1] / SAMPLE_RATE))
         if name == "soft_dtw":
-            y, y_lengths = frames(teacher, fast.wavs)
+            y, y_lengths = frames(teacher, fast.data)
             weights = alignment(x, y, x_lengths, y_lengths, gamma=GAMMA)[0].numpy()
         else:  # frame k of the enhanced speech with frame k of the content
             offset = start // teacher.hop
-            total = (padded.wavs.shape[1] if start else clean.shape[1]) // teacher.hop
+            total = (padded.data.shape[1] if start else clean.shape[1]) // teacher.hop
             weights = np.zeros((count, total))
             weights[np.arange(count), offset + np.arange(count)] = 1
         seconds = teacher.hop / SAMPLE_RATE
@@ -167,7 +167,7 @@ def speed(teacher, wavs):
             perturbed = SpeedPerturbation([factor])(
                 wavs, count, [np.random.default_rng(0)] * len(wavs)
             )
-            y, y_lengths = frames(teacher, perturbed.wavs)
+            y, y_lengths = frames(teacher, perturbed.data)
             values.append(distance(x, lengths, y, y_lengths).mean() / other)
         ax.plot(factors, values, ".-", label=name)
     ax.axhline(1, color="gray", linewidth=0.8)

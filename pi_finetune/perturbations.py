@@ -1,41 +1,50 @@
 """Perturbations of one branch before the teacher: zero padding and speed.
 
-A perturbation is called as ``perturb(wavs [B, T], lengths [B], rngs)`` with one
-``numpy.random.Generator`` per utterance and returns a :class:`Perturbed`. All
-lengths are in samples. Gradients flow through to ``wavs``.
+A perturbation is called as ``perturb(wavs, rngs=rngs)``, with ``Waveforms``
+and one ``numpy.random.Generator`` per utterance, or as ``perturb(wavs [B, T], lengths [B], rngs)``,
+and returns ``Waveforms`` that say which part is to be compared. Gradients flow through to ``wavs``.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torchaudio
+from torch import Tensor
 
 from pi_finetune.data.audio import SAMPLE_RATE
+from pi_finetune.lengths import Waveforms
+
+__all__ = ["NoPerturbation", "Perturbation", "SpeedPerturbation", "ZeroPadding"]
 
 
-class Perturbed(NamedTuple):
-    """A perturbed batch, and which part of it is to be compared."""
+class Perturbation(Protocol):
+    """Anything with the signature of a perturbation."""
 
-    #: [B, T'], zero beyond ``lengths``.
-    wavs: torch.Tensor
-    #: [B], all that the teacher shall hear.
-    lengths: torch.Tensor
-    #: [B], where the content begins.
-    content_start: torch.Tensor
-    #: [B], how long the content is.
-    content_lengths: torch.Tensor
+    def __call__(
+        self,
+        wavs: Tensor | Waveforms,
+        lengths: Any = None,
+        rngs: Sequence[np.random.Generator] | None = None,
+    ) -> Waveforms: ...
 
 
 class NoPerturbation:
     """Hands the batch on as it is."""
 
-    def __call__(self, wavs, lengths, rngs=None):
-        return Perturbed(wavs, lengths, torch.zeros_like(lengths), lengths)
+    def __call__(
+        self,
+        wavs: Tensor | Waveforms,
+        lengths: Any = None,
+        rngs: Sequence[np.random.Generator] | None = None,
+    ) -> Waveforms:
+        return Waveforms.of(wavs, lengths)
 
 
 class ZeroPadding:
-    """Random zeros before and after the signal: position randomisation.
+    """Random zeros before and after the signal: position randomisation, and nothing else.
 
     Draws p ~ U{0..P} whole hops before and q ~ U{0..P} after, per utterance.
     Whole hops keep the frame grid, so frame k of the content sees the same
@@ -48,6 +57,11 @@ class ZeroPadding:
         P as a time; default 1 s.
     hop : int
         The teacher's hop in samples; default 320.
+    heard : bool
+        Whether the zeros count in the teacher's statistics too (the mean and variance of the
+        waveform, group norms over time), as in an implementation that pads and knows no more of
+        it. Then padding changes the features of the content, not only their position. Default:
+        False.
 
     Example
     -------
@@ -55,28 +69,27 @@ class ZeroPadding:
     >>> wavs, lengths, rngs = torch.ones(1, 1600), torch.tensor([1600]), [default_rng(0)]
     >>> perturbed = ZeroPadding(max_seconds=0.1)(wavs, lengths, rngs)
     >>> start, length = int(perturbed.content_start), int(perturbed.content_lengths)
-    >>> start % 320, length, bool((perturbed.wavs[0, start : start + length] == 1).all())
+    >>> start % 320, length, bool((perturbed.data[0, start : start + length] == 1).all())
     (0, 1600, True)
     """
 
-    def __init__(self, max_seconds=1.0, hop=320):
+    def __init__(self, max_seconds: float = 1.0, hop: int = 320, heard: bool = False):
         if max_seconds < 0:
             raise ValueError(f"max_seconds: got {max_seconds}, needed is a number >= 0.")
         self.max_hops = round(max_seconds * SAMPLE_RATE / hop)
         self.hop = hop
+        self.heard = heard
 
-    def __call__(self, wavs, lengths, rngs):
-        hops = [rng.integers(self.max_hops + 1, size=2) for rng in rngs]
-        before = torch.tensor([h[0] for h in hops], device=lengths.device) * self.hop
-        after = torch.tensor([h[1] for h in hops], device=lengths.device) * self.hop
-        padded_lengths = before + lengths + after
-        rows = [
-            torch.nn.functional.pad(
-                wav[:length], (start, int(padded_lengths.max()) - start - length)
-            )
-            for wav, length, start in zip(wavs, lengths.tolist(), before.tolist())
-        ]
-        return Perturbed(torch.stack(rows), padded_lengths, before, lengths)
+    def __call__(
+        self,
+        wavs: Tensor | Waveforms,
+        lengths: Any = None,
+        rngs: Sequence[np.random.Generator] | None = None,
+    ) -> Waveforms:
+        waveforms = Waveforms.of(wavs, lengths)
+        hops = [rng.integers(self.max_hops + 1, size=2) for rng in _one_for_each(waveforms, rngs)]
+        before, after = torch.from_numpy(np.stack(hops, axis=1).astype(np.int64)) * self.hop
+        return waveforms.surrounded(before, after, padding_counts=self.heard)
 
 
 class SpeedPerturbation:
@@ -100,21 +113,36 @@ class SpeedPerturbation:
     tensor([2000])
     """
 
-    def __init__(self, factors=(0.9, 1.0, 1.1)):
+    def __init__(self, factors: Sequence[float] = (0.9, 1.0, 1.1)):
         if not factors or min(factors) <= 0:
             raise ValueError(f"factors: got {factors}, needed are positive numbers.")
         self.factors = [Fraction(str(factor)).limit_denominator(100) for factor in factors]
 
-    def __call__(self, wavs, lengths, rngs):
-        rows = []
-        for wav, length, rng in zip(wavs, lengths.tolist(), rngs):
-            factor = self.factors[rng.integers(len(self.factors))]
-            # resample() reduces the ratio; a factor a/b is the step from rate a to rate b.
-            rows.append(
-                torchaudio.functional.resample(
-                    wav[:length], factor.numerator, factor.denominator, lowpass_filter_width=16
-                )
+    def __call__(
+        self,
+        wavs: Tensor | Waveforms,
+        lengths: Any = None,
+        rngs: Sequence[np.random.Generator] | None = None,
+    ) -> Waveforms:
+        waveforms = Waveforms.of(wavs, lengths)
+        rngs = _one_for_each(waveforms, rngs)
+        factors = [self.factors[rng.integers(len(self.factors))] for rng in rngs]
+        # resample() reduces the ratio; a factor a/b is the step from rate a to rate b.
+        rows = [
+            torchaudio.functional.resample(
+                wav, factor.numerator, factor.denominator, lowpass_filter_width=16
             )
-        lengths = torch.tensor([row.shape[-1] for row in rows], device=lengths.device)
-        wavs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return Perturbed(wavs, lengths, torch.zeros_like(lengths), lengths)
+            for wav, factor in zip(waveforms.items(), factors)
+        ]
+        return Waveforms.collate(rows, ids=waveforms.renamed("speed", factors))
+
+
+def _one_for_each(
+    waveforms: Waveforms, rngs: Sequence[np.random.Generator] | None
+) -> Sequence[np.random.Generator]:
+    if rngs is None or len(rngs) != len(waveforms):
+        raise ValueError(
+            f"rngs: needed is one numpy.random.Generator for each of {len(waveforms)} utterances, "
+            f"got {'none' if rngs is None else len(rngs)}"
+        )
+    return rngs

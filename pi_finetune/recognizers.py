@@ -1,4 +1,6 @@
-"""Recognisers behind one interface: ``recognizer(wavs [B, T], lengths [B]) -> list[str]``.
+"""Recognisers behind one interface: ``recognizer(wavs) -> list[str]``.
+
+``wavs`` are :class:`~pi_finetune.lengths.Waveforms`, or a tensor [B, T] followed by lengths [B].
 
 Texts are raw; :func:`pi_finetune.results.metrics.recognition_errors` normalises them.
 The attribute ``unit`` says what a text is made of: ``word``, or ``phoneme`` (separated by blanks).
@@ -30,6 +32,7 @@ from transformers.utils import logging
 from pi_finetune.config import PROJECT_ROOT
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number, replacing, write_text
+from pi_finetune.lengths import Waveforms, as_lengths, length_mask, shares
 from pi_finetune.phonemes import inventory, phonemes
 from pi_finetune.teacher import SAMPLE_RATE, Teacher
 
@@ -141,8 +144,8 @@ class WhisperRecognizer:
             self.prompt += [generation.task_to_id["transcribe"]]
         self.prompt += [generation.no_timestamps_token_id]
 
-    def __call__(self, wavs, lengths):
-        """Transcribe wavs [B, T] of lengths [B] samples."""
+    def __call__(self, wavs, lengths=None):
+        """Transcribe ``Waveforms``, or wavs [B, T] of lengths [B] samples."""
         texts = [""] * len(wavs)
         items = _finite_items(wavs, lengths)
         limit = self.SECONDS * SAMPLE_RATE
@@ -276,8 +279,8 @@ class CTCRecognizer:
         self.head.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def __call__(self, wavs, lengths):
-        """Transcribe wavs [B, T] of lengths [B] samples; "" for what is too short to be heard."""
+    def __call__(self, wavs, lengths=None):
+        """As of :class:`WhisperRecognizer`; "" for what is too short to be heard."""
         texts = [""] * len(wavs)
         items = self._long_enough(wavs, lengths)
         if items:
@@ -316,7 +319,7 @@ class CTCRecognizer:
             log_probs.double().transpose(0, 1),
             torch.cat(chosen).to(wavs.device),
             frames,
-            torch.tensor([len(target) for target in chosen], device=wavs.device),
+            torch.tensor([len(target) for target in chosen]),
             reduction="none",
         )
         for i, loss in zip(items, losses.tolist()):
@@ -335,13 +338,12 @@ class CTCRecognizer:
 
     def _log_probs(self, wavs):
         """Log-probabilities [B, F, V] and frame lengths [B] of a list of waveforms [T]."""
-        batch = nn.utils.rnn.pad_sequence(wavs, batch_first=True)
-        self.encoder.to(batch.device)
-        self.head.to(batch.device)
-        with torch.autocast(batch.device.type, enabled=False):
-            states, frames = self.encoder.hidden_states(
-                batch, torch.tensor([len(w) for w in wavs], device=batch.device)
-            )
+        batch = Waveforms.collate(wavs)
+        device = batch.data.device
+        self.encoder.to(device)
+        self.head.to(device)
+        with torch.autocast(device.type, enabled=False):
+            states, frames = self.encoder.hidden_states(batch)
             return self.head(states, frames), frames
 
 
@@ -434,13 +436,14 @@ class CTCHead(nn.Module):
 
     def forward(self, states, frame_lengths):
         """Log-probabilities [B, F, V] from states [L + 1, B, F, D] and lengths [B] in frames."""
+        frame_lengths = as_lengths(frame_lengths)
         states = F.layer_norm(states.float(), states.shape[-1:])
         x = torch.einsum("l,lbfd->bfd", self.layer_weights.softmax(0), states)
         x = self.projection(self.dropout(_normalised_over_time(x, frame_lengths)))
         # Each item reversed within its length, and both directions run on plain tensors: exact
         # with right padding, and on a CPU 4 to 8 times as fast as PyTorch's packed sequences.
         time = torch.arange(x.shape[1], device=x.device)
-        last = frame_lengths[:, None] - 1
+        last = frame_lengths.to(x.device, non_blocking=True)[:, None] - 1
         mirror = torch.where(time <= last, last - time, time)[..., None]
         for forwards, backwards in zip(self.forwards, self.backwards):
             reverse = backwards(x.gather(1, mirror.expand_as(x)))[0]
@@ -451,8 +454,8 @@ class CTCHead(nn.Module):
 
 def _normalised_over_time(x, lengths):
     """x [B, F, D] with zero mean and unit variance of each dimension over the valid frames [B]."""
-    valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-    count = lengths[:, None, None]
+    valid = length_mask(lengths, x.shape[1], x.device)
+    count = lengths.to(x.device, non_blocking=True)[:, None, None]
     x = (x - (x * valid[..., None]).sum(1, keepdim=True) / count) * valid[..., None]
     return x / ((x.square().sum(1, keepdim=True) / count).sqrt() + 1e-3)
 
@@ -460,8 +463,8 @@ def _normalised_over_time(x, lengths):
 class _CTCTokenizer:
     def greedy(self, log_probs, frame_lengths):
         """Texts of the best path through log_probs [B, F, V], lengths [B] in frames."""
-        shares = frame_lengths / log_probs.shape[1]
-        return [self.decode(best) for best in ctc_greedy_decode(log_probs, shares, blank_id=0)]
+        relative = shares(frame_lengths, log_probs.shape[1])
+        return [self.decode(best) for best in ctc_greedy_decode(log_probs, relative, blank_id=0)]
 
 
 class CharacterTokenizer(_CTCTokenizer):
@@ -585,15 +588,8 @@ def fingerprint(encoder):
 
 def _finite_items(wavs, lengths):
     """Waveforms [T] in float32 by their index in the batch; those not finite are left out."""
-    lengths = torch.as_tensor(lengths)
-    if wavs.dim() != 2 or lengths.shape != wavs.shape[:1] or lengths.is_floating_point():
-        raise ValueError(
-            "a recogniser takes wavs [B, T] and lengths [B] in whole samples, got "
-            f"{list(wavs.shape)} and {lengths.dtype} {list(lengths.shape)}"
-        )
-    if len(lengths) and int(lengths.max()) > wavs.shape[1]:
-        raise ValueError(f"a length of {int(lengths.max())} exceeds {wavs.shape[1]} samples")
-    items = {i: wavs[i, :n].detach().float() for i, n in enumerate(lengths.tolist())}
+    rows = enumerate(Waveforms.of(wavs, lengths).items())
+    items = {i: wav.detach().float() for i, wav in rows}
     return {i: wav for i, wav in items.items() if len(wav) and torch.isfinite(wav).all()}
 
 

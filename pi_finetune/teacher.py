@@ -20,6 +20,9 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from pi_finetune.errors import UserError
+from pi_finetune.lengths import Waveforms, content_frames, length_mask, zero_beyond
+
+__all__ = ["CNN", "FAMILIES", "SAMPLE_RATE", "Teacher", "quiet_transformers", "standardised"]
 
 SAMPLE_RATE = 16000
 
@@ -28,6 +31,9 @@ SILENCE = 1e-5
 
 CONV_FAMILIES = ("hubert", "wavlm", "wav2vec2", "data2vec-audio")
 FAMILIES = (*CONV_FAMILIES, "whisper")
+
+#: The layer before all others: what the convolutions made, before anything tells the position.
+CNN = "cnn"
 
 
 class Teacher(nn.Module):
@@ -41,9 +47,18 @@ class Teacher(nn.Module):
     length: waveform statistics, group norms, attention, positional convolutions and Whisper's
     dynamic-range clamp see the valid part of each item only.
 
+    Where :class:`~pi_finetune.lengths.Waveforms` say that only a part is content (zero padding put
+    the rest around it), the frames of the content are returned. Attention and positional
+    convolutions hear everything; the convolutional front end makes of the content what it would
+    make of it alone: waveform statistics and group norms are taken over the content, and zeros
+    around it stay zeros. So nothing but the position differs. ``padding_counts`` takes the
+    statistics over everything instead.
+
     Layer 0 is what enters the first transformer layer, layer k what leaves layer k. The last one
     includes the final layer norm of those architectures that have one, i.e. it is
-    ``last_hidden_state``.
+    ``last_hidden_state``. Layer ``cnn`` is what the convolutional front end makes, projected to D
+    frame by frame, before anything tells the position: the input of the positional convolution,
+    or with Whisper the output of its convolutions, before the positional embedding.
 
     Silence: frames that see only samples below 1e-5 (-100 dBFS) pass no gradient. The layer norms
     of the convolutional front end would multiply it by 316 each, which is 1e24 in the end.
@@ -54,7 +69,7 @@ class Teacher(nn.Module):
         A folder holding ``config.json`` and weights as ``transformers`` saves them, or the name
         of a model on the hub. Families: HuBERT, WavLM, wav2vec 2.0, data2vec-audio, Whisper (its
         encoder). Weights are used in float32 whatever they are stored in.
-    layers : int or list of int
+    layers : int or "cnn", or a list of these
         The layer to return, or layers to average; negative counts from the end. Default -1.
     revision : str, optional
         Branch, tag or commit, for a hub name.
@@ -67,6 +82,8 @@ class Teacher(nn.Module):
         Samples between frames, and samples seen by the convolutions for one frame.
     num_layers, dim : int
         Number of transformer layers and width of the representation.
+    layer_names : tuple
+        All layers: ``"cnn"``, and 0 to ``num_layers``.
     family : str
         ``model_type`` of the checkpoint.
     max_length : int or None
@@ -96,7 +113,7 @@ class Teacher(nn.Module):
     def __init__(
         self,
         source: str,
-        layers: int | Sequence[int] = -1,
+        layers: int | str | Sequence[int | str] = -1,
         revision: str | None = None,
         cache_dir: str | None = None,
     ):
@@ -130,6 +147,7 @@ class Teacher(nn.Module):
 
         model.requires_grad_(False).eval()
         self._encoder = (model,)  # a tuple hides it from nn.Module
+        self.layer_names: tuple[int | str, ...] = (CNN, *range(self.num_layers + 1))
         self.layers = [self._layer_index(k) for k in _as_list(layers)]
 
     @property
@@ -145,12 +163,14 @@ class Teacher(nn.Module):
     def extra_repr(self) -> str:
         return f"source={self.source!r}, family={self.family!r}, layers={self.layers}"
 
-    def _layer_index(self, layer: int) -> int:
+    def _layer_index(self, layer: int | str) -> int | str:
+        if isinstance(layer, str):
+            return layer
         if not -self.num_layers - 1 <= layer <= self.num_layers:
             raise UserError(
                 f"teacher '{self.source}' has {self.num_layers} layers, asked for layer {layer}: "
-                f"choose 0 (input of the first) to {self.num_layers}, or -1 to "
-                f"{-self.num_layers - 1} from the end"
+                f"choose 0 (input of the first) to {self.num_layers}, -1 to "
+                f"{-self.num_layers - 1} from the end, or '{CNN}'"
             )
         return layer % (self.num_layers + 1)
 
@@ -162,58 +182,63 @@ class Teacher(nn.Module):
         frames = (lengths - self.receptive_field).div(self.hop, rounding_mode="floor") + 1
         return frames.clamp(min=0)
 
-    def forward(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, wavs: Tensor | Waveforms, lengths: Any = None) -> tuple[Tensor, Tensor]:
         """Representation of the chosen layer, or mean of the chosen layers.
 
         Arguments
         ---------
-        wavs : Tensor
+        wavs : Waveforms or Tensor
             [B, T], 16 kHz, in [-1, 1].
-        lengths : Tensor
-            [B], in samples.
+        lengths : Tensor or list, optional
+            [B], in samples; of a tensor. Default: all T.
 
         Returns
         -------
         tuple of Tensor
-            Representations [B, F, D] in float32, zero beyond the frame lengths, and the frame
-            lengths [B]. F is the number of frames of the longest item.
+            Representations [B, F, D] of the content in float32, zero beyond the frame lengths, and
+            the frame lengths [B], int64 on the CPU. F is the number of frames of the longest item.
         """
-        states, frame_lengths = self._run(wavs, lengths, max(self.layers))
-        reps = states[self.layers[0]]
-        if len(self.layers) > 1:
-            reps = torch.stack([states[k] for k in self.layers]).mean(0)
-        return _zero_beyond(reps.float(), frame_lengths), frame_lengths
+        waveforms = self._checked(wavs, lengths)
+        states = self._run(waveforms, self.layers)
+        reps = states[0] if len(states) == 1 else torch.stack(states).mean(0)
+        frame_lengths = self.frames(waveforms.content_lengths)
+        return content_frames(reps.float(), waveforms, self.hop, frame_lengths), frame_lengths
 
-    def hidden_states(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """All layers, [L+1, B, F, D], and the frame lengths [B]; arguments as of ``forward``."""
-        states, frame_lengths = self._run(wavs, lengths, self.num_layers)
-        states = [_zero_beyond(x.float(), frame_lengths) for x in states]
-        return torch.stack(states), frame_lengths
+    def hidden_states(
+        self,
+        wavs: Tensor | Waveforms,
+        lengths: Any = None,
+        layers: Sequence[int | str] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Many layers at once: [L, B, F, D], and the frame lengths [B]; otherwise as ``forward``.
 
-    def _run(self, wavs: Tensor, lengths: Tensor, last: int) -> tuple[list[Tensor], Tensor]:
-        """Hidden states 0 to ``last``, and the frame lengths."""
-        lengths = self._checked(wavs, lengths)
-        wavs = _zero_beyond(wavs[:, : int(lengths.max())].float(), lengths)
-        frame_lengths = self.frames(lengths)
-        padded = bool((frame_lengths != frame_lengths.max()).any())
-        mask = _valid(frame_lengths, int(frame_lengths.max())) if padded else None
-        front_end = self._whisper_input if self.family == "whisper" else self._conv_input
-        states = [front_end(wavs, lengths, mask)]
-        states += self._transformer(states[0], mask, last)
-        return states, frame_lengths
+        ``layers`` are names from ``layer_names``; default: all transformer layers, 0 first.
+        """
+        waveforms = self._checked(wavs, lengths)
+        states = self._run(waveforms, range(self.num_layers + 1) if layers is None else layers)
+        frame_lengths = self.frames(waveforms.content_lengths)
+        contents = [content_frames(x.float(), waveforms, self.hop, frame_lengths) for x in states]
+        return torch.stack(contents), frame_lengths
 
-    def _checked(self, wavs: Tensor, lengths: Tensor) -> Tensor:
-        if wavs.dim() != 2 or not wavs.is_floating_point():
-            raise ValueError(f"wavs must be float [B, T], got {wavs.dtype} {list(wavs.shape)}")
-        lengths = torch.as_tensor(lengths)
-        if lengths.is_floating_point() or lengths.shape != wavs.shape[:1]:
-            raise ValueError(
-                f"lengths must be whole numbers of samples, one per item ([{len(wavs)}]); "
-                f"got {lengths.dtype} {list(lengths.shape)}"
-            )
-        shortest, longest = int(lengths.min()), int(lengths.max())
-        if longest > wavs.shape[1]:
-            raise ValueError(f"a length of {longest} exceeds the {wavs.shape[1]} samples of wavs")
+    def _run(self, wavs: Waveforms, layers: Sequence[int | str]) -> list[Tensor]:
+        """Those of the hidden states, [B, F, D] each, of all that is heard."""
+        frame_lengths = self.frames(wavs.lengths)
+        longest = int(frame_lengths.max())
+        padded = bool((frame_lengths != longest).any())
+        mask = length_mask(frame_lengths, longest, wavs.data.device) if padded else None
+        whisper = self.family == "whisper"
+        states: dict[int | str, Tensor] = {}
+        states[CNN] = self._whisper_features(wavs) if whisper else self._conv_input(wavs, mask)
+        last = max((k for k in layers if isinstance(k, int)), default=-1)
+        if last >= 0:
+            states[0] = self._with_position(states[CNN], mask)
+            states.update(enumerate(self._transformer(states[0], mask, last), start=1))
+        return [states[k] for k in layers]
+
+    def _checked(self, wavs: Tensor | Waveforms, lengths: Any) -> Waveforms:
+        """The waveforms, cut to the longest and zero beyond each length."""
+        waveforms = Waveforms.of(wavs, lengths)
+        shortest, longest = int(waveforms.content_lengths.min()), int(waveforms.lengths.max())
         if shortest < self.receptive_field:
             raise UserError(
                 f"an utterance of {shortest} samples is shorter than the receptive field of "
@@ -225,36 +250,52 @@ class Teacher(nn.Module):
                 f"teacher '{self.source}' can take, {self.max_length} samples "
                 f"({self.max_length / SAMPLE_RATE:g} s): crop it or choose another teacher"
             )
-        return lengths.to(wavs.device)
+        if bool((waveforms.content_start % self.hop).any()):
+            raise ValueError(
+                f"the content must begin after whole hops of {self.hop} samples, where the frame "
+                f"grid stays: it begins at {waveforms.content_start.tolist()}"
+            )
+        data = waveforms.data[:, :longest].float()
+        return waveforms.with_data(zero_beyond(data, waveforms.lengths))
 
     # -- what enters the first transformer layer ---------------------------------------------
 
-    def _conv_input(self, wavs: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor:
-        """Waveform [B, T] to layer 0 [B, F, D] of HuBERT and its relatives."""
-        model = self.encoder
-        features = self._conv_features(wavs, lengths)
-        x = model.feature_projection(features)
+    def _conv_input(self, wavs: Waveforms, mask: Tensor | None) -> Tensor:
+        """Waveform [B, T] to projected features [B, F, D] of HuBERT and its relatives."""
+        x = self.encoder.feature_projection(self._conv_features(wavs))
         x = x[0] if isinstance(x, tuple) else x
-        if mask is not None:
-            x = x * mask[..., None]
+        return x if mask is None else x * mask[..., None]
+
+    def _with_position(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Features [B, F, D] to layer 0."""
+        model = self.encoder
+        if self.family == "whisper":
+            return x + model.embed_positions.weight[: x.shape[1]]
         x = x + _positional_convolution(model.encoder.pos_conv_embed, x, mask)
         return x if self._pre_norm else model.encoder.layer_norm(x)
 
-    def _conv_features(self, wavs: Tensor, lengths: Tensor) -> Tensor:
-        peaks = wavs.detach().abs()[:, None]
-        with torch.autocast(wavs.device.type, enabled=False):
+    def _conv_features(self, wavs: Waveforms) -> Tensor:
+        data, lengths = wavs.data, wavs.lengths
+        # What counts in statistics: the first sample or frame of each item, and how many.
+        start, counts = torch.zeros_like(lengths), lengths
+        if not wavs.padding_counts:
+            start, counts = wavs.content_start, wavs.content_lengths
+        peaks = data.detach().abs()[:, None]
+        with torch.autocast(data.device.type, enabled=False):
             # A silent item has no representation worth a gradient, and a huge one (see above).
             silent = peaks.amax(dim=(1, 2)) < SILENCE
-            wavs = torch.where(silent[:, None], wavs.detach(), wavs)
-            x = (standardised(wavs, lengths) if self.normalize else wavs)[:, None]
+            data = torch.where(silent[:, None], data.detach(), data)
+            x = (standardised(wavs.with_data(data)) if self.normalize else data)[:, None]
         for layer in self.encoder.feature_extractor.conv_layers:
             kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
             x = layer.conv(x)
-            lengths = (lengths - kernel).div(stride, rounding_mode="floor") + 1
+            start = start // stride  # whole hops are whole strides
+            lengths, counts = ((n - kernel) // stride + 1 for n in (lengths, counts))
             peaks = F.max_pool1d(peaks, kernel, stride)
             norm = getattr(layer, "layer_norm", None)
             if isinstance(norm, nn.GroupNorm):
-                x = _group_norm(norm, x, lengths)
+                spans = zip(lengths.tolist(), start.tolist(), counts.tolist())
+                x = _group_norm(norm, x, list(spans))
             elif norm is not None:
                 x = norm(x.transpose(1, 2)).transpose(1, 2)
                 if x.requires_grad:
@@ -264,16 +305,27 @@ class Teacher(nn.Module):
             x = layer.activation(x)
         return x.transpose(1, 2)
 
-    def _whisper_input(self, wavs: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor:
-        """Waveform [B, T] to layer 0 [B, F, D] of Whisper's encoder."""
+    def _whisper_features(self, wavs: Waveforms) -> Tensor:
+        """Waveform [B, T] to the output [B, F, D] of Whisper's convolutions."""
+        heard = self._whisper_convolutions(wavs.data)
+        if wavs.content is None or wavs.padding_counts:
+            return heard
+        # Convolutions reach a frame beyond the content, and its spectrogram half a window: the
+        # content's frames are those it has by itself, those around it what is heard there.
+        alone = self._whisper_convolutions(wavs.contents().data)
+        first = (wavs.content_start // self.hop).tolist()
+        counts = self.frames(wavs.content_lengths).tolist()
+        rows = zip(heard, alone, first, counts)
+        return torch.stack([torch.cat([x[:s], y[:n], x[s + n :]]) for x, y, s, n in rows])
+
+    def _whisper_convolutions(self, wavs: Tensor) -> Tensor:
         model = self.encoder
         frames = wavs.shape[1] // self.hop
         with torch.autocast(wavs.device.type, enabled=False):
             mel = self._mel(wavs, self.max_length)
         # Frame F - 1 sees mel frames up to 2 F; the convolutions' own padding comes after them.
         x = F.gelu(model.conv1(mel))
-        x = F.gelu(model.conv2(x))[..., :frames].transpose(1, 2)
-        return x + model.embed_positions.weight[:frames]
+        return F.gelu(model.conv2(x))[..., :frames].transpose(1, 2)
 
     # -- the transformer layers -----------------------------------------------------------------
 
@@ -342,34 +394,55 @@ class _LogMel(nn.Module):
         return (torch.maximum(log, peak - 8.0) + 4.0) / 4.0
 
 
-def _valid(lengths: Tensor, size: int) -> Tensor:
-    """Mask [B, size], True before ``lengths`` [B]."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
+def standardised(wavs: Waveforms) -> Tensor:
+    """Waveforms [B, T] at zero mean and unit variance over each item's content, zero beyond.
 
-
-def _zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
-    """``x`` [B, N, ...] with exact zeros beyond ``lengths`` [B], whatever was there."""
-    outside = ~_valid(lengths, x.shape[1])
-    return x.masked_fill(outside.reshape(*outside.shape, *[1] * (x.dim() - 2)), 0)
-
-
-def standardised(wavs: Tensor, lengths: Tensor) -> Tensor:
-    """``wavs`` [B, T] at zero mean and unit variance over each item's samples, zero beyond.
-
-    The values are those of ``transformers.Wav2Vec2FeatureExtractor`` with ``do_normalize``.
+    The values are those of ``transformers.Wav2Vec2FeatureExtractor`` with ``do_normalize``. What
+    lies around the content is scaled with it and not shifted: zeros stay zeros.
     """
-    n = lengths[:, None]
-    centred = _zero_beyond(wavs - wavs.sum(1, keepdim=True) / n, lengths)
-    variance = centred.square().sum(1, keepdim=True) / n
+    data = zero_beyond(wavs.data, wavs.lengths)
+    if wavs.content is None or wavs.padding_counts:
+        n = wavs.device_lengths[:, None]
+        centred = inner = zero_beyond(data - data.sum(1, keepdim=True) / n, wavs.lengths)
+    else:
+        start, counts = wavs.content
+        inside = length_mask(counts, data.shape[1], data.device, start)
+        n = counts.to(data.device, non_blocking=True)[:, None]
+        inner = data.masked_fill(~inside, 0)
+        centred = data - inside * (inner.sum(1, keepdim=True) / n)
+        inner = centred.masked_fill(~inside, 0)
+    variance = inner.square().sum(1, keepdim=True) / n
     return centred * (variance + 1e-7).rsqrt()
 
 
-def _group_norm(norm: nn.GroupNorm, x: Tensor, lengths: Tensor) -> Tensor:
-    """A group norm over time [B, C, N] whose statistics see the valid frames of each item."""
-    if bool((lengths == x.shape[-1]).all()):
+def _group_norm(norm: nn.GroupNorm, x: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
+    """A group norm over time [B, C, N] whose statistics see a part of each item.
+
+    ``spans`` are [B] times an item's number of frames, and the first and the number of those
+    that count.
+    """
+    if all(span == (x.shape[-1], 0, x.shape[-1]) for span in spans):
         return norm(x)
-    items = zip(x.split(1), lengths.tolist())
-    return torch.cat([F.pad(norm(item[..., :n]), (0, x.shape[-1] - n)) for item, n in items])
+    rows = []
+    for item, (length, start, count) in zip(x.split(1), spans):
+        if start == 0 and count == length:
+            rows.append(F.pad(norm(item[..., :length]), (0, x.shape[-1] - length)))
+        else:
+            rows.append(_normalised_by(norm, item, item[..., start : start + count]))
+    return torch.cat(rows)
+
+
+def _normalised_by(norm: nn.GroupNorm, x: Tensor, part: Tensor) -> Tensor:
+    """A group norm of ``x`` [1, C, N] by the statistics of ``part`` [1, C, M]."""
+    groups = part.float().reshape(1, norm.num_groups, -1)
+    variance, mean = torch.var_mean(groups, dim=-1, correction=0)
+    repeats = x.shape[1] // norm.num_groups
+    scale, mean = (
+        each.repeat_interleave(repeats, dim=1)[..., None]
+        for each in ((variance + norm.eps).rsqrt(), mean)
+    )  # [1, C, 1]
+    x = (x.float() - mean) * scale
+    return x if norm.weight is None else x * norm.weight[:, None] + norm.bias[:, None]
 
 
 def _positional_convolution(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -386,10 +459,14 @@ def _positional_convolution(block: Any, x: Tensor, mask: Tensor | None) -> Tenso
     return x.transpose(1, 2)
 
 
-def _as_list(layers: int | Sequence[int]) -> list[int]:
-    chosen = [layers] if isinstance(layers, int) else list(layers)
-    if not chosen or any(isinstance(k, bool) or not isinstance(k, int) for k in chosen):
-        raise UserError(f"teacher layers must be an integer or a list of integers, got {layers!r}")
+def _as_list(layers: int | str | Sequence[int | str]) -> list[int | str]:
+    chosen = [layers] if isinstance(layers, int | str) else list(layers)
+    known = (k == CNN or (isinstance(k, int) and not isinstance(k, bool)) for k in chosen)
+    if not chosen or not all(known):
+        raise UserError(
+            f"teacher layers must be an integer, '{CNN}', or a list of integers and '{CNN}', "
+            f"got {layers!r}"
+        )
     return chosen
 
 

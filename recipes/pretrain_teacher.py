@@ -11,12 +11,11 @@ import functools
 import sys
 from pathlib import Path
 
-from speechbrain.dataio.batch import PaddedBatch
-
 from pi_finetune.brains.pretraining import PretrainingBrain
 from pi_finetune.brains.updates import start_run
 from pi_finetune.commands import parse
 from pi_finetune.data.corpora import prepare_speech
+from pi_finetune.data.loading import collate
 from pi_finetune.data.targets import MaskedSpeech, make_targets
 from pi_finetune.distributed import on_main
 from pi_finetune.errors import command
@@ -79,7 +78,7 @@ def pretrain_teacher(experiment="pretrain_teacher", overrides=None, run_opts=Non
         valid_data,
         valid_loader_kwargs={
             "batch_size": hparams["valid_batch_size"],
-            "collate_fn": PaddedBatch,
+            "collate_fn": collate,
             "num_workers": workers,
         },
     )

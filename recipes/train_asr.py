@@ -13,8 +13,6 @@ model is kept in ``output_folder`` as asr.yaml + asr.safetensors, which
 import sys
 from pathlib import Path
 
-from speechbrain.dataio.batch import PaddedBatch
-
 from pi_finetune.brains.recognition import (
     EncodedSpeech,
     RecognitionBrain,
@@ -26,6 +24,7 @@ from pi_finetune.brains.updates import start_run
 from pi_finetune.commands import parse
 from pi_finetune.config import build
 from pi_finetune.data.corpora import prepare_speech
+from pi_finetune.data.loading import collate
 from pi_finetune.distributed import on_main
 from pi_finetune.errors import command
 from pi_finetune.recognizers import load_recognizer
@@ -97,7 +96,7 @@ def train_asr(experiment, overrides=None, run_opts=None):
         hparams["epoch_counter"],
         brain.make_train_loader(train_data),
         valid_data,
-        valid_loader_kwargs={"batch_size": hparams["batch_size"], "collate_fn": PaddedBatch},
+        valid_loader_kwargs={"batch_size": hparams["batch_size"], "collate_fn": collate},
     )
     test(hparams, test_manifest)
     return hparams["output_folder"]

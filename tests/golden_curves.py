@@ -25,6 +25,7 @@ UPDATES = 20
 CASES = {
     "mse": {},
     "zero_pad": {},
+    "zero_pad_heard": {},
     "soft_dtw": {},
     "soft_dtw_no_speed": {},
     "speed_mse": {},

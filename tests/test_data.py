@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from speechbrain.dataio.batch import PaddedBatch
 from synthetic import voice, write_audio
 
 from pi_finetune.data.audio import read_audio
@@ -16,8 +15,8 @@ from pi_finetune.data.loading import (
     UpdateBatchSampler,
     UpdateSampler,
     choose,
+    collate,
     load_pairs,
-    sample_lengths,
 )
 from pi_finetune.data.mixing import NoiseMixer, mix_at_snr
 from pi_finetune.data.shards import write_shards
@@ -360,10 +359,17 @@ def test_bad_shards_are_named(shards, tmp_path):
         prepare_speech(tmp_path, ["train"])
 
 
-def test_sample_lengths_are_exact():
-    sizes = [1, 333, 559_999, 560_000]
-    batch = PaddedBatch([{"wav": torch.ones(size)} for size in sizes])
-    assert sample_lengths(batch.wav).tolist() == sizes
+def test_a_batch_has_whole_lengths_on_the_cpu_and_names_of_its_waveforms():
+    sizes = [1, 333, 559_999]
+    examples = [
+        {"id": f"u{i}", "data_pass": 3, "wav": torch.ones(size), "tokens": torch.arange(i)}
+        for i, size in enumerate(sizes)
+    ]
+    batch = collate(examples).to("meta")
+    assert batch.wav.lengths.tolist() == sizes and batch.wav.data.is_meta
+    assert batch.wav.ids == (("wav", "u0", 3), ("wav", "u1", 3), ("wav", "u2", 3))
+    assert batch.tokens.lengths.tolist() == [0, 1, 2] and not batch.tokens.lengths.is_meta
+    assert batch.id == ["u0", "u1", "u2"]
 
 
 def _rng():

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from speechbrain.dataio.batch import PaddedBatch
 
-from pi_finetune.data.loading import UpdateSampler, load_pairs
+from pi_finetune.data.loading import UpdateSampler, collate, load_pairs
 from pi_finetune.diagnostics.gradients import batch_gradients, gradient_agreement
 from pi_finetune.enhancers import MaskEnhancer
 from pi_finetune.objectives import L1STFTLoss, SISDRLoss
@@ -78,7 +77,7 @@ def test_batches_are_those_of_training(corpus, noises):
     assert found.shape == (3, sum(p.numel() for p in before))
     assert all(torch.equal(p, q) for p, q in zip(before, enhancer.parameters(), strict=True))
     addresses = list(UpdateSampler(len(pairs), 6, 3))[2:4]  # the second batch
-    batch = PaddedBatch([pairs[address] for address in addresses])
+    batch = collate([pairs[address] for address in addresses])
     lengths = torch.tensor([8000, 8000])
     loss = SISDRLoss()(enhancer(batch.noisy.data, lengths), batch.clean.data, lengths).mean()
     loss.backward()

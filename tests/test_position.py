@@ -13,6 +13,7 @@ from running import recipe
 from pi_finetune import diagnostics
 from pi_finetune.enhancers import MaskEnhancer, save_enhancer
 from pi_finetune.errors import UserError
+from pi_finetune.lengths import content_frames
 from pi_finetune.objectives import (
     MSEDistance,
     RepresentationObjective,
@@ -36,24 +37,24 @@ class KnownTeacher:
     Content of a frame is its samples, which are white noise of unit variance here; codes too.
     """
 
-    hop, receptive_field, num_layers = HOP, HOP, 2
+    hop, layer_names = HOP, (0, 1, 2)
 
     def __init__(self, a=1.0, b=1.0):
         generator = torch.Generator().manual_seed(1)
         self.codes = torch.randn(1000, HOP, generator=generator)
         self.a, self.b = a, b
 
-    def frames(self, lengths):
-        return lengths // HOP
-
-    def hidden_states(self, wavs, lengths):
-        content = wavs.unfold(1, HOP, HOP)
+    def hidden_states(self, wavs, layers=(0, 1, 2)):
+        content = wavs.data.unfold(1, HOP, HOP)
         code = self.codes[: content.shape[1]].expand_as(content)
-        return torch.stack([content, code, self.a * code + self.b * content]), self.frames(lengths)
+        states = [content, code, self.a * code + self.b * content]
+        counts = wavs.content_lengths // HOP
+        found = [content_frames(states[k], wavs, HOP, counts) for k in layers]
+        return torch.stack(found), counts
 
-    def __call__(self, wavs, lengths):
-        states, frame_lengths = self.hidden_states(wavs, lengths)
-        return states[2], frame_lengths
+    def __call__(self, wavs):
+        states, frame_lengths = self.hidden_states(wavs, [2])
+        return states[0], frame_lengths
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +108,13 @@ def test_shift_curve_of_a_real_encoder_starts_at_zero_and_keeps_the_frame_grid(t
     teacher = Teacher(str(tiny_teacher))
     wavs = torch.randn(5, 8000, generator=torch.Generator().manual_seed(3)) / 10
     curve = diagnostics.shift_curve(teacher, wavs, shifts=(0, 0.5), batch_size=2)
-    assert len(curve) == 2 * 3
-    for layer in range(3):
+    assert [r["layer"] for r in curve] == ["cnn", "cnn", 0, 0, 1, 1, 2, 2]
+    for layer in ("cnn", 0, 1, 2):
         assert by(curve, layer=layer, shift=0.0)["ratio"] == 0.0
-        # The zeros change normalisation and surroundings, but content must still meet itself.
-        assert 0 < by(curve, layer=layer, shift=0.5)["ratio"] < 0.8
+    # Up to the first layer that knows the position nothing moves; after it, content meets itself.
+    assert by(curve, layer="cnn", shift=0.5)["ratio"] < 1e-10
+    for layer in range(3):
+        assert 1e-6 < by(curve, layer=layer, shift=0.5)["ratio"] < 0.8
 
 
 # 2. Similarity
@@ -392,9 +395,9 @@ def test_an_offset_moves_content_and_keeps_the_other_perturbation_s_draws():
     extra = moved.content_start - plain.content_start
     assert (extra >= 0).all() and (extra <= 7).all() and extra.sum() > 0
     for i, (start, size) in enumerate(zip(moved.content_start, moved.content_lengths)):
-        assert torch.equal(moved.wavs[i, start : start + size], wavs[i, :size])
+        assert torch.equal(moved.data[i, start : start + size], wavs[i, :size])
         assert moved.lengths[i] == plain.lengths[i] + extra[i]
-        assert (moved.wavs[i, :start] == 0).all()
+        assert (moved.data[i, :start] == 0).all()
     with pytest.raises(ValueError, match="seconds: got -1"):
         diagnostics.Offset(-1)
 
@@ -485,9 +488,11 @@ def test_the_recipe_writes_lines_figures_and_a_section(probe, capsys):
         assert "<svg" in (folder / f"{name}.svg").read_text()
     found = lines(folder / "share.jsonl")
     assert [(r["objective"], r["layer"]) for r in found] == [
-        (name, layer) for name in ("mse", "zero_pad", "soft_dtw") for layer in range(3)
+        (name, layer) for name in ("mse", "zero_pad", "soft_dtw") for layer in ("cnn", 0, 1, 2)
     ]
     assert all(r["pairs"] == 11 and r["low"] <= r["share"] <= r["high"] for r in found)
+    shift = lines(folder / "shift.jsonl")
+    assert max(r["ratio"] for r in shift if r["layer"] == "cnn") < 1e-10
     section = report.position_section(folder)
     assert section.count("data:image/svg+xml") == 4 and "similarity.jsonl" in section
     first = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}

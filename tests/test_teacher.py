@@ -1,6 +1,7 @@
 """The teacher: equal to transformers on one item, exact with padding, clear in its errors."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from pi_finetune.errors import UserError
+from pi_finetune.lengths import Waveforms
 from pi_finetune.teacher import Teacher
 
 
@@ -141,6 +143,114 @@ def test_gradient_padded_equals_alone(checkpoints, name):
         assert alone.abs().max() > 0
         assert relative(together[i, :n], alone) < 1e-4
         assert not together[i, n:].any()
+
+
+def padded(wavs, lengths, before, after, padding_counts=False):
+    """The items with so many hops of zeros around them."""
+    before, after = (320 * torch.tensor(hops) for hops in (before, after))
+    return Waveforms.of(wavs, lengths).surrounded(before, after, padding_counts)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_zeros_around_the_content_change_its_position_and_nothing_else(checkpoints, name):
+    """Up to the first layer that knows the position; every teacher normalises the waveform."""
+    teacher = Teacher(checkpoints[name])
+    assert name == "whisper" or teacher.normalize
+    wavs, lengths = batch()
+    wavs[1] += 0.2  # an offset
+    moved = padded(wavs, lengths, (50, 7, 3), (13, 0, 50))
+    with torch.no_grad():
+        plain, frame_lengths = teacher.hidden_states(wavs, lengths, ["cnn", 0])
+        found, found_lengths = teacher.hidden_states(moved, layers=["cnn", 0])
+        heard, _ = teacher.hidden_states(replace(moved, padding_counts=True), layers=["cnn"])
+    assert torch.equal(frame_lengths, found_lengths) and plain.shape == found.shape
+    assert torch.equal(frame_lengths, teacher.frames(lengths))
+    assert (plain[0] - found[0]).abs().max() < 1e-5 * plain[0].abs().max()
+    for i, n in enumerate(frame_lengths.tolist()):
+        assert relative(found[0, i, :n], plain[0, i, :n]) < 1e-5
+        assert relative(found[1, i, :n], plain[1, i, :n]) > 1e-3
+        # A plain implementation takes statistics over the zeros as well.
+        assert relative(heard[0, i, :n], plain[0, i, :n]) > (1e-4 if name == "whisper" else 0.05)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_that_counts_is_part_of_the_utterance(checkpoints, name):
+    teacher = Teacher(checkpoints[name])
+    wavs, lengths = batch()
+    moved = padded(wavs, lengths, (50, 7, 3), (13, 0, 50), padding_counts=True)
+    with torch.no_grad():
+        found, frame_lengths = teacher.hidden_states(moved)
+        whole, _ = teacher.hidden_states(moved.data, moved.lengths)
+    for i, (start, n) in enumerate(zip((50, 7, 3), frame_lengths.tolist())):
+        assert torch.equal(found[:, i, :n], whole[:, i, start : start + n])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_padded_item_does_not_depend_on_its_batch(checkpoints, name):
+    teacher = Teacher(checkpoints[name])
+    wavs, lengths = batch()
+    weights = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
+
+    def gradient(rows):
+        own = wavs[rows].clone().requires_grad_()
+        hops = [[h[i] for i in rows] for h in ((50, 7, 3), (13, 0, 50))]
+        reps, frames = teacher(padded(own, lengths[rows], *hops))
+        loss = sum((r[:n] * weights[:n]).sum() for r, n in zip(reps, frames.tolist()))
+        return reps.detach(), torch.autograd.grad(loss, own)[0]
+
+    together, gradients = gradient([0, 1, 2])
+    for i, n in enumerate(lengths.tolist()):
+        alone, own = gradient([i])
+        frames = int(teacher.frames(lengths)[i])
+        assert relative(together[i, :frames], alone[0, :frames]) < 5e-6
+        assert relative(gradients[i, :n], own[0, :n]) < 1e-4
+        assert not gradients[i, n:].any()
+
+
+def test_speech_around_the_content_is_heard_and_does_not_change_its_features(checkpoints):
+    for name in CONFIGS:
+        teacher = Teacher(checkpoints[name])
+        wavs, lengths = batch((9920,))
+        inside = Waveforms(wavs, lengths, content=(torch.tensor([3200]), torch.tensor([4000])))
+        with torch.no_grad():
+            found, frames = teacher.hidden_states(inside, layers=["cnn", 0])
+            alone, own = teacher.hidden_states(wavs[:, 3200:7200], layers=["cnn", 0])
+        assert torch.equal(frames, own)
+        assert relative(found[0], alone[0]) < 1e-5
+        assert relative(found[1], alone[1]) > 1e-2
+
+
+def test_content_off_the_frame_grid_is_refused(checkpoints):
+    teacher = Teacher(checkpoints["hubert-group"])
+    wavs, lengths = batch((9920,))
+    inside = Waveforms(wavs, lengths, content=(torch.tensor([100]), torch.tensor([4000])))
+    with pytest.raises(ValueError, match="whole hops of 320 samples"):
+        teacher(inside)
+
+
+@pytest.mark.parametrize("name", ["hubert-group", "whisper"])
+def test_the_features_before_any_position_are_a_layer(checkpoints, name):
+    wavs, lengths = batch()
+    teacher = Teacher(checkpoints[name], layers="cnn")
+    assert teacher.layer_names == ("cnn", 0, 1, 2, 3)
+    reps, frame_lengths = teacher(wavs, lengths)
+    assert reps.shape == (3, frame_lengths.max(), 32)
+    encoder = teacher.encoder
+    if name == "whisper":
+        mel = teacher._mel(wavs[:1], teacher.max_length)
+        x = torch.nn.functional.gelu(encoder.conv1(mel))
+        x = torch.nn.functional.gelu(encoder.conv2(x))[..., : frame_lengths[0]].transpose(1, 2)
+        entered = x + encoder.embed_positions.weight[: x.shape[1]]
+    else:
+        x = wavs[:1] - wavs[:1].mean()
+        x = encoder.feature_extractor(x / (x.var(correction=0) + 1e-7).sqrt()).transpose(1, 2)
+        x = encoder.feature_projection(x)
+        entered = encoder.encoder.layer_norm(x + encoder.encoder.pos_conv_embed(x))
+    assert relative(reps[:1], x) < 1e-5
+    assert relative(Teacher(checkpoints[name], layers=0)(wavs[:1])[0], entered) < 1e-5
+    mixed, _ = Teacher(checkpoints[name], layers=["cnn", -1])(wavs, lengths)
+    last, _ = Teacher(checkpoints[name])(wavs, lengths)
+    assert torch.allclose(mixed, (reps + last) / 2, atol=1e-5)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -278,7 +388,12 @@ def test_silence_does_not_explode(tmp_path, name, silent):
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [(7, "has 3 layers, asked for layer 7"), (-5, "asked for layer -5"), ([], "list of integers")],
+    [
+        (7, "has 3 layers, asked for layer 7"),
+        (-5, "asked for layer -5"),
+        ([], "list of integers"),
+        ("conv", "'cnn'"),
+    ],
 )
 def test_bad_layers(checkpoints, layers, message):
     with pytest.raises(UserError, match=message):
@@ -329,7 +444,7 @@ def test_bad_lengths(checkpoints):
     wavs, lengths = batch((4000, 399))
     with pytest.raises(UserError, match=r"399 samples.*400 samples"):
         teacher(wavs, lengths)
-    with pytest.raises(ValueError, match="whole numbers of samples"):
+    with pytest.raises(ValueError, match="whole numbers"):
         teacher(wavs, torch.tensor([1.0, 0.5]))
     with pytest.raises(ValueError, match="exceeds the 4000"):
         teacher(wavs, torch.tensor([4000, 4001]))

@@ -3,9 +3,9 @@
 import math
 
 import speechbrain as sb
+import torch
 
 from pi_finetune.brains.updates import UpdateBrain
-from pi_finetune.data.loading import sample_lengths
 from pi_finetune.distributed import gather_in_turn, rank
 from pi_finetune.enhancers import config_text, save_enhancer
 from pi_finetune.errors import UserError
@@ -42,28 +42,26 @@ class EnhancementBrain(UpdateBrain):
                     module.check_values()
 
     def compute_forward(self, batch, stage):
-        """Enhance the noisy waveforms: [B, T], and their lengths [B] in samples."""
+        """Enhance the noisy waveforms, to ``Waveforms`` of the same lengths."""
         batch = batch.to(self.device)
-        lengths = sample_lengths(batch.noisy)
         enhancer = self.modules.enhancer
         if stage != sb.Stage.TRAIN:  # processes validate different numbers of batches
             enhancer = self.plain_modules["enhancer"]
-        return enhancer(batch.noisy.data, lengths), lengths
+        return enhancer(batch.noisy)
 
-    def compute_objectives(self, predictions, batch, stage):
+    def compute_objectives(self, enhanced, batch, stage):
         """Mean over the batch of the objective; validation also scores each utterance."""
-        enhanced, lengths = predictions
         training = stage == sb.Stage.TRAIN
         seed = self.hparams.seed if training else self.hparams.data_seed
         rngs = perturbation_rngs(seed, batch)
-        losses = self.modules.objective(enhanced, batch.clean.data, lengths, rngs)
+        losses = self.modules.objective(enhanced, batch.clean, rngs=rngs)
         if not training:
             if not self.scores:  # the first batch stands for all
                 for callback in self.callbacks:
                     self.added |= callback(
-                        self.modules.objective, enhanced, batch.clean.data, lengths, batch.id
+                        self.modules.objective, enhanced, batch.clean, None, batch.id
                     )
-            self._score(enhanced, batch, lengths, losses)
+            self._score(enhanced, batch, losses)
         return losses.mean()
 
     def on_stage_start(self, stage, epoch=None):
@@ -77,19 +75,18 @@ class EnhancementBrain(UpdateBrain):
             and (epoch is None or epoch % every == 0)
         )
 
-    def _score(self, enhanced, batch, lengths, losses):
-        texts = [None] * len(lengths)
+    def _score(self, enhanced, batch, losses):
+        texts = [None] * len(enhanced)
         if self.with_wer:
-            texts = self.recognizer(enhanced, lengths)
-        nlls = likelihoods(self.recognizer, enhanced, lengths, batch.text)
-        noisy, clean, enhanced = (
-            wavs.float().cpu().numpy() for wavs in (batch.noisy.data, batch.clean.data, enhanced)
-        )
-        for i, length in enumerate(lengths.tolist()):
+            texts = self.recognizer(enhanced.data, enhanced.lengths)
+        nlls = likelihoods(self.recognizer, enhanced.data, enhanced.lengths, batch.text)
+        wavs = {"noisy": batch.noisy, "enhanced": enhanced, "clean": batch.clean}
+        wavs = {kind: each.to("cpu", torch.float32).items() for kind, each in wavs.items()}
+        for i in range(len(enhanced)):
+            own = {kind: rows[i].numpy() for kind, rows in wavs.items()}
             if len(self.examples) < self.hparams.log_examples:
-                wavs = {"noisy": noisy, "enhanced": enhanced, "clean": clean}
-                self.examples[batch.id[i]] = {kind: wav[i, :length] for kind, wav in wavs.items()}
-            score = metrics.signal_scores(clean[i, :length], enhanced[i, :length])
+                self.examples[batch.id[i]] = own
+            score = metrics.signal_scores(own["clean"], own["enhanced"])
             score["objective"] = float(losses[i])
             score["likelihood"] = nlls[i]
             if self.with_wer and batch.text[i] is not None:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from pi_finetune.brains.updates import UpdateBrain
-from pi_finetune.data.loading import sample_lengths
 from pi_finetune.distributed import mean_over_processes, rank
 from pi_finetune.teacher import quiet_transformers, standardised
 
@@ -27,14 +26,11 @@ class PretrainingBrain(UpdateBrain):
     def compute_forward(self, batch, stage):
         """Logits [B, F, clusters]."""
         batch = batch.to(self.device)
-        lengths = sample_lengths(batch.wav)
-        wavs = standardised(batch.wav.data, lengths)
-        padding = None
-        if (lengths < wavs.shape[1]).any():
-            padding = torch.arange(wavs.shape[1], device=wavs.device) < lengths[:, None]
+        wavs = standardised(batch.wav)
+        padded = bool((batch.wav.lengths < wavs.shape[1]).any())
         hidden = self.modules.hubert(
             wavs,
-            attention_mask=None if padding is None else padding.long(),
+            attention_mask=batch.wav.mask().long() if padded else None,
             mask_time_indices=batch.mask.data.bool(),
         ).last_hidden_state
         return self.modules.head(hidden)
@@ -42,8 +38,7 @@ class PretrainingBrain(UpdateBrain):
     def compute_objectives(self, logits, batch, stage):
         """Weighted cross entropy; counts correct frames on the way."""
         targets, mask = batch.targets.data, batch.mask.data.bool()
-        frames = (batch.targets.lengths * targets.shape[1]).round().long()
-        valid = torch.arange(targets.shape[1], device=targets.device) < frames[:, None]
+        valid = batch.targets.mask()
         losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
         correct = logits.detach().argmax(-1) == targets
         loss = 0.0

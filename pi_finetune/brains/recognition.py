@@ -17,6 +17,7 @@ from pi_finetune.data.mixing import NoiseMixer
 from pi_finetune.distributed import rank
 from pi_finetune.errors import UserError
 from pi_finetune.files import write_text
+from pi_finetune.lengths import Waveforms, shares
 from pi_finetune.recognizers import save_recognizer
 from pi_finetune.results import metrics
 from pi_finetune.seeding import utterance_rng
@@ -166,8 +167,7 @@ class EncodedSpeech(Dataset):
         if self.augmentation is not None:
             wav = self.augmentation(wav, utterance_rng(self.seed, view, key, "augmentation"))
         device = next(iter(self.encoder.encoder.state_dict().values())).device
-        length = torch.tensor([len(wav)], device=device)
-        states, _ = self.encoder.hidden_states(wav[None].to(device), length)
+        states, _ = self.encoder.hidden_states(wav[None].to(device))
         return states[:, 0].transpose(0, 1).half().cpu()
 
 
@@ -181,23 +181,27 @@ class RecognitionBrain(UpdateBrain):
     """
 
     def compute_forward(self, batch, stage):
-        """Log-probabilities [B, F, V] and frame lengths [B] from a batch of encoded speech."""
-        batch = batch.to(self.device)
-        states, shares = batch.states
-        frame_lengths = (shares.float() * states.shape[1]).round().long()
-        return self.modules.head(states.permute(2, 0, 1, 3), frame_lengths), frame_lengths
+        """Log-probabilities [B, F, V] from a batch of encoded speech."""
+        states = batch.to(self.device).states
+        return self.modules.head(states.data.permute(2, 0, 1, 3), states.lengths)
 
-    def compute_objectives(self, predictions, batch, stage):
+    def compute_objectives(self, log_probs, batch, stage):
         """CTC loss per token; validation also counts errors."""
-        log_probs, frame_lengths = predictions
+        frame_lengths = batch.states.lengths
         if stage != sb.Stage.TRAIN:
             tokenizer = self.hparams.tokenizer
             texts = tokenizer.greedy(log_probs, frame_lengths)
             self.errors += [
                 metrics.recognition_errors(tokenizer, *pair) for pair in zip(batch.text, texts)
             ]
-        shares = frame_lengths / log_probs.shape[1]
-        return ctc_loss(log_probs, batch.tokens.data, shares, batch.tokens.lengths, blank_index=0)
+        tokens = batch.tokens
+        return ctc_loss(
+            log_probs,
+            tokens.data,
+            shares(frame_lengths, log_probs.shape[1], log_probs.device),
+            shares(tokens.lengths, tokens.data.shape[1], log_probs.device),
+            blank_index=0,
+        )
 
     def on_stage_start(self, stage, epoch=None):
         """Start the errors of a validation."""
@@ -238,7 +242,7 @@ def transcribe_set(recognizer, manifest, mixer=None, snr=None, seed=0, batch_siz
     Arguments
     ---------
     recognizer : callable
-        ``(wavs [B, T], lengths [B]) -> list[str]``.
+        ``(Waveforms) -> list[str]``.
     manifest : dict
         Utterances without a transcript are passed over.
     mixer : NoiseMixer, optional
@@ -263,10 +267,7 @@ def transcribe_set(recognizer, manifest, mixer=None, snr=None, seed=0, batch_siz
             if mixer is not None:
                 rng = utterance_rng(seed, 0, key, "mixture")
                 wavs[i], _, noises[i] = mixer(wavs[i], rng, snr)
-        texts = recognizer(
-            torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True),
-            torch.tensor([len(wav) for wav in wavs]),
-        )
+        texts = recognizer(Waveforms.collate(wavs))
         for (key, entry), noise, text in zip(batch, noises, texts):
             errors = metrics.recognition_errors(recognizer, entry["text"], text)
             records.append({"id": key, **noise, **errors})

@@ -15,6 +15,7 @@ from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
 from pi_finetune.data.corpora import prepare_noise, prepare_speech
 from pi_finetune.data.mixing import NoiseMixer
 from pi_finetune.errors import UserError
+from pi_finetune.lengths import Padded, Waveforms
 from pi_finetune.seeding import utterance_rng
 
 
@@ -244,20 +245,39 @@ class ShareOfSampler(Sampler):
         return itertools.islice(self.sampler, self.rank, None, self.processes)
 
 
-def sample_lengths(padded):
-    """Lengths [B] in samples of a SpeechBrain ``PaddedData``, which holds them as shares of T.
+def collate(examples):
+    """Make a batch of examples: what a loader's ``collate_fn`` is here.
 
-    Exact up to 2**22 samples (4 min at 16 kHz), beyond which float32 shares are too coarse.
+    Arguments
+    ---------
+    examples : list of dict
+        Of equal keys. One-dimensional float tensors are waveforms.
+
+    Returns
+    -------
+    speechbrain.dataio.batch.PaddedBatch
+        Its tensors are :class:`~pi_finetune.lengths.Padded`, or
+        :class:`~pi_finetune.lengths.Waveforms`, in place of SpeechBrain's ``PaddedData``, whose
+        lengths are float shares. Waveforms are named by their key, ``id`` and ``data_pass``. The
+        SNRs are a list: clean speech among them has None.
     """
-    return (padded.lengths * padded.data.shape[1]).round().long()
-
-
-def collate(items):
-    """SpeechBrain's ``PaddedBatch``, with the SNRs as a list: clean speech among them has None."""
-    batch = PaddedBatch([{k: v for k, v in item.items() if k != "snr"} for item in items])
-    if "snr" in items[0]:
-        batch.snr = [item["snr"] for item in items]
+    tensors = {key for key, value in examples[0].items() if isinstance(value, torch.Tensor)}
+    known = [{k: v for k, v in example.items() if k != "snr"} for example in examples]
+    batch = PaddedBatch(known, padded_keys=tensors, padding_func=_unpadded)
+    if "snr" in examples[0]:
+        batch.snr = [example["snr"] for example in examples]
+    for key in tensors:
+        rows = [example[key] for example in examples]
+        if rows[0].dim() == 1 and rows[0].is_floating_point():
+            names = tuple((key, x["id"], x.get("data_pass", 0)) for x in examples if "id" in x)
+            setattr(batch, key, Waveforms.collate(rows, ids=names or None))
+        else:
+            setattr(batch, key, Padded.collate(rows))
     return batch
+
+
+def _unpadded(rows):
+    return rows, None
 
 
 def choose(manifest, count, max_seconds=None, seed=0):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pi_finetune.data.audio import SAMPLE_RATE, read_audio
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing
+from pi_finetune.lengths import Waveforms
 from pi_finetune.seeding import utterance_rng
 from pi_finetune.teacher import Teacher
 
@@ -73,9 +74,7 @@ class TeacherFeatures:
         wavs = [wav[self.shift :] for wav in wavs]
         needed = [max(self.teacher.receptive_field, n * HOP + FIELD - HOP) for n in frames]
         wavs = [F.pad(wav, (0, max(0, n - len(wav)))) for wav, n in zip(wavs, needed)]
-        lengths = torch.tensor([len(wav) for wav in wavs])
-        padded = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True)
-        reps, _ = self.teacher(padded, lengths)
+        reps, _ = self.teacher(Waveforms.collate(wavs))
         return [item[:n] for item, n in zip(reps, frames)]
 
 

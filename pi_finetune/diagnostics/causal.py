@@ -5,10 +5,11 @@ import math
 import numpy as np
 import torch
 
-from pi_finetune.data.loading import collate, sample_lengths
+from pi_finetune.data.loading import collate
 from pi_finetune.diagnostics.views import Offset
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number
+from pi_finetune.lengths import as_pair
 from pi_finetune.objectives import RepresentationObjective
 from pi_finetune.results.statistics import Interval, bootstrap_ratio, ratio_fields
 from pi_finetune.seeding import perturbation_rngs
@@ -36,15 +37,14 @@ class MismatchedTargets(torch.nn.Module):
         self.offset_seconds = offset_seconds
         self._moved = None  # made when the teacher is there, whose hop it needs
 
-    def forward(self, enhanced, clean, lengths, rngs):
-        """``[B, T], [B, T], [B]`` and a generator per utterance to [B]; B is at least 2."""
-        if len(lengths) < 2:
+    def forward(self, enhanced, clean, lengths=None, rngs=None):
+        """As of the objective; B is at least 2."""
+        enhanced, clean = as_pair(enhanced, clean, lengths)
+        if len(enhanced) < 2:
             raise UserError(
                 "A mismatched target needs two utterances in every batch, and one batch has a "
                 "single one. Choose valid_utterances and valid_batch_size so that none is left."
             )
-        lengths = torch.minimum(lengths, lengths.roll(1))
-        longest = int(lengths.max())
         if self.offset_seconds and self._moved is None:
             own = self.objective
             offset = Offset(self.offset_seconds, own.perturbation, own.teacher.hop, random=True)
@@ -52,7 +52,9 @@ class MismatchedTargets(torch.nn.Module):
                 own.teacher, own.distance, offset, own.perturbed_branch
             ).train(self.training)
         objective = self._moved or self.objective
-        return objective(enhanced[:, :longest], clean.roll(1, 0)[:, :longest], lengths, rngs)
+        others = clean.taken(torch.arange(len(clean)).roll(1))
+        lengths = torch.minimum(enhanced.lengths, others.lengths)
+        return objective(enhanced.cut(lengths), others.cut(lengths), rngs=rngs)
 
 
 #: The arms of the causal test: what stands in the place of a strategy's objective.
@@ -80,10 +82,8 @@ def held_out_losses(objective, enhancer, pairs, batch_size=4, seed=0, device="cp
     losses = []
     for batch in torch.utils.data.DataLoader(pairs, batch_size, collate_fn=collate):
         batch = batch.to(device)
-        lengths = sample_lengths(batch.noisy)
         rngs = perturbation_rngs(seed, batch)
-        enhanced = enhancer(batch.noisy.data, lengths)
-        losses.append(objective(enhanced, batch.clean.data, lengths, rngs).cpu())
+        losses.append(objective(enhancer(batch.noisy), batch.clean, rngs=rngs).cpu())
     return torch.cat(losses).double().numpy()
 
 

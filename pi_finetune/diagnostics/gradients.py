@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from pi_finetune.data.loading import UpdateSampler, collate, sample_lengths
+from pi_finetune.data.loading import UpdateSampler, collate
 from pi_finetune.files import json_number
 from pi_finetune.seeding import perturbation_rngs
 
@@ -28,7 +28,7 @@ def batch_gradients(
     Arguments
     ---------
     objective : torch.nn.Module
-        ``objective(enhanced [B, T], clean [B, T], lengths [B], rngs) -> [B]``.
+        ``objective(enhanced, clean, rngs=rngs) -> [B]`` with ``Waveforms``.
     enhancer : torch.nn.Module
     pairs : pi_finetune.data.loading.SpeechPairs
         Of training.
@@ -54,10 +54,8 @@ def batch_gradients(
     gradients = []
     for batch in loader:
         batch = batch.to(device)
-        lengths = sample_lengths(batch.noisy)
         rngs = perturbation_rngs(seed, batch)
-        enhanced = enhancer(batch.noisy.data, lengths)
-        loss = objective(enhanced, batch.clean.data, lengths, rngs).mean()
+        loss = objective(enhancer(batch.noisy), batch.clean, rngs=rngs).mean()
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         flat = [
             torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)

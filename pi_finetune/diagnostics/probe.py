@@ -6,6 +6,7 @@ import torch
 from pi_finetune.diagnostics.views import MIN_UTTERANCES, AllLayers
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number
+from pi_finetune.lengths import Waveforms
 
 _FOLDS = 5
 
@@ -108,10 +109,10 @@ def position_probe(teacher, wavs, layers=None, batch_size=8, seed=0):
     view = AllLayers(teacher, layers)
     rng = np.random.default_rng(seed)
     total = wavs.shape[1]
-    lengths = torch.from_numpy(rng.integers(total // 2, total + 1, len(wavs))).to(wavs.device)
+    lengths = torch.from_numpy(rng.integers(total // 2, total + 1, len(wavs)))
     states, sizes = [], []
     for batch, batch_lengths in zip(wavs.split(batch_size), lengths.split(batch_size)):
-        reps, frame_lengths = view(batch, batch_lengths)
+        reps, frame_lengths = view(Waveforms.of(batch, batch_lengths))
         states += [frames[:n].cpu() for frames, n in zip(reps, frame_lengths.tolist())]
         sizes += frame_lengths.tolist()
     states = torch.cat(states)  # [F, L, D]

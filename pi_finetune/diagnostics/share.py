@@ -12,10 +12,10 @@ from pi_finetune.diagnostics.views import (
     Offset,
     Remembering,
     chosen_layers,
-    full_lengths,
 )
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number
+from pi_finetune.lengths import Waveforms, as_pair
 from pi_finetune.objectives import RepresentationObjective
 from pi_finetune.perturbations import NoPerturbation
 from pi_finetune.results.statistics import bootstrap_ratio, ratio_fields
@@ -56,11 +56,11 @@ def moved_values(
     ---------
     objective : RepresentationObjective
     enhanced, clean : Tensor
-        [B, T] each, equally long.
+        [B, T] each, equally long. May be one tensor.
     partners : Tensor
         [B], the unrelated j of each i.
     ids : list of str
-        Of the rows of ``enhanced``; with ``seed`` they fix the perturbation's draws.
+        Of the rows of ``clean``; with ``seed`` they fix the perturbation's draws.
     offset_seconds, seed
         The move, and the seed of perturbations.
     context : Tensor, optional
@@ -71,26 +71,29 @@ def moved_values(
     dict
         ``unequal``, ``equal`` and ``right``, each as the objective's distance returns it ([B]).
     """
-    lengths = full_lengths(enhanced)
+    targets = Waveforms.of(clean).named(ids)
+    compared = targets if enhanced is clean else Waveforms.of(enhanced)
+    unrelated = targets.taken(partners)
     on_clean = objective.perturbed_branch == "clean"
     own, plain = objective.perturbation, NoPerturbation()
     target = own if on_clean else plain
 
     def represent(wavs, perturbation):
         rngs = [utterance_rng(seed, 0, utterance, "perturbation") for utterance in ids]
-        return objective.represent(wavs, lengths, rngs, perturbation)
+        return objective.represent(wavs, rngs, perturbation)
 
-    compared = represent(enhanced, plain if on_clean else own)
-    context = None if context is None else context[partners]
+    frames = represent(compared, plain if on_clean else own)
+    if context is not None:
+        context = Waveforms.of(context).named(ids).taken(partners)
     offset = Offset(offset_seconds, target, objective.teacher.hop, context=context)
-    targets = {
-        "unequal": (clean[partners], offset),
-        "equal": (clean[partners], target),
-        "right": (clean, target),
+    against = {
+        "unequal": (unrelated, offset),
+        "equal": (unrelated, target),
+        "right": (targets, target),
     }
     return {
-        key: objective.distance(*compared, *represent(wavs, perturbation))
-        for key, (wavs, perturbation) in targets.items()
+        key: objective.distance(*frames, *represent(wavs, perturbation))
+        for key, (wavs, perturbation) in against.items()
     }
 
 
@@ -170,7 +173,7 @@ def objective_share(
         view.seen.clear()
         batch = wavs[start : start + step, before:]
         context = wavs[start : start + step, :before] if before else None
-        partners = torch.arange(len(batch), device=batch.device) ^ 1
+        partners = torch.arange(len(batch)) ^ 1
         names = ids[start : start + step]
         for name, own in objectives.items():
             every_layer = RepresentationObjective(
@@ -211,10 +214,10 @@ def training_scores(objective, enhanced, clean, lengths, ids, offset_seconds=1.5
     ---------
     objective : torch.nn.Module
         As trained with; what compares representations is found in it.
-    enhanced, clean : Tensor
+    enhanced, clean : Tensor or Waveforms
         [B, T], B >= 2. All are cut to the shortest, so that each can be compared with each.
-    lengths : Tensor
-        [B], in samples.
+    lengths : Tensor, optional
+        [B], in samples, of tensors.
     ids : list of str
         Utterance ids.
     offset_seconds, seed
@@ -227,13 +230,13 @@ def training_scores(objective, enhanced, clean, lengths, ids, offset_seconds=1.5
         position_right``, floats; empty without a representation objective or for B < 2.
     """
     objective = representation_objective(objective)
-    if objective is None or len(lengths) < 2:
+    enhanced, clean = as_pair(enhanced, clean, lengths)
+    if objective is None or len(enhanced) < 2:
         return {}
-    common = int(lengths.min())
-    partners = torch.arange(len(lengths), device=enhanced.device).roll(1)
-    values = moved_values(
-        objective, enhanced[:, :common], clean[:, :common], partners, ids, offset_seconds, seed
-    )
+    common = int(enhanced.lengths.min())
+    partners = torch.arange(len(enhanced)).roll(1)
+    wavs = (each.data[:, :common] for each in (enhanced, clean))
+    values = moved_values(objective, *wavs, partners, ids, offset_seconds, seed)
     means = {f"position_{key}": float(value.mean()) for key, value in values.items()}
     won = means["position_unequal"] - means["position_right"]
     share = (means["position_unequal"] - means["position_equal"]) / won if won else math.nan

@@ -50,7 +50,7 @@ def shift_curve(teacher, wavs, shifts=SHIFTS, layers=None, batch_size=8, seed=0)
         [U, T], from :func:`load_crops`.
     shifts : sequence of float
         Seconds; rounded to whole hops. Default: 0 to 2 s.
-    layers : None, int or list of int
+    layers : None, int, "cnn", or a list of these
         Default: all.
     batch_size : int
         Utterances at once.
@@ -85,4 +85,4 @@ def shift_curve(teacher, wavs, shifts=SHIFTS, layers=None, batch_size=8, seed=0)
                     **ratio_fields("ratio", found),
                 }
             )
-    return sorted(records, key=lambda record: (record["layer"], record["shift"]))
+    return sorted(records, key=lambda record: (names.index(record["layer"]), record["shift"]))

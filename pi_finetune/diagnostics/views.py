@@ -5,12 +5,12 @@ beginning of an utterance (silence) is not mistaken for position. "Moved by k" m
 k hops of zeros, of which the teacher hears all and the comparison sees none: the frame grid stays,
 so frame n of the content has the same samples and another position.
 
-A *teacher* here is anything with ``hidden_states``, ``frames``, ``hop`` and ``num_layers`` as
+A *teacher* here is anything with ``hidden_states``, ``hop`` and ``layer_names`` as
 :class:`pi_finetune.teacher.Teacher` has them. Results are lists of flat dicts, ready to be JSON
 lines; times are in seconds, and NaN is None.
 """
 
-import hashlib
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,9 @@ from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
 from pi_finetune.data.corpora import prepare_speech
 from pi_finetune.data.loading import choose
 from pi_finetune.errors import UserError
+from pi_finetune.lengths import Waveforms
 from pi_finetune.objectives import RepresentationObjective
-from pi_finetune.perturbations import NoPerturbation, Perturbed
+from pi_finetune.perturbations import NoPerturbation
 from pi_finetune.seeding import utterance_rng
 
 #: Fewer utterances leave too little for the probe's folds or for a bootstrap over pairs.
@@ -91,18 +92,25 @@ def _crop(entry, samples, rng):
 
 
 def chosen_layers(teacher, layers=None):
-    """Layer numbers from 0, all by default; a UserError if the teacher has no such layer."""
-    count = teacher.num_layers
+    """Names of layers, all by default; a UserError if the teacher has no such layer.
+
+    They are ``teacher.layer_names``; negative numbers count from the end.
+    """
+    names = list(teacher.layer_names)
     if layers is None:
-        return list(range(count + 1))
-    layers = [layers] if isinstance(layers, int) else list(layers)
-    for layer in layers:
-        if not isinstance(layer, int) or not -count - 1 <= layer <= count:
+        return names
+    layers = [layers] if isinstance(layers, int | str) else list(layers)
+    count = max(name for name in names if isinstance(name, int))
+    found = [k + count + 1 if isinstance(k, int) and -count - 1 <= k < 0 else k for k in layers]
+    for layer, name in zip(layers, found):
+        if name not in names:
+            named = "".join(f"{name!r}, " for name in names if isinstance(name, str))
             raise UserError(
-                f"layers: the teacher has {count} layers, asked for layer {layer}. Choose 0 (input "
-                f"of the first) to {count}, -1 to {-count - 1} from the end, or null for all."
+                f"layers: the teacher has {count} layers, asked for layer {layer}. Choose {named}0 "
+                f"(input of the first) to {count}, -1 to {-count - 1} from the end, or null for "
+                "all."
             )
-    return [layer % (count + 1) for layer in layers]
+    return found
 
 
 class AllLayers:
@@ -114,25 +122,26 @@ class AllLayers:
     def __init__(self, teacher, layers=None):
         self.teacher = teacher
         self.layers = chosen_layers(teacher, layers)
-        self.hop, self.frames = teacher.hop, teacher.frames
+        self.hop = teacher.hop
 
-    def __call__(self, wavs, lengths):
-        states, frame_lengths = self.teacher.hidden_states(wavs, lengths)
-        return states[self.layers].permute(1, 2, 0, 3), frame_lengths
+    def __call__(self, wavs):
+        states, frame_lengths = self.teacher.hidden_states(wavs, layers=self.layers)
+        return states.permute(1, 2, 0, 3), frame_lengths
 
 
 class Remembering:
-    """Runs a teacher once on each input of a batch: objectives with one perturbation share it."""
+    """Runs a teacher once on each named input: objectives with one perturbation share it."""
 
     def __init__(self, teacher):
         self.teacher, self.seen = teacher, {}
-        self.hop, self.frames = teacher.hop, teacher.frames
+        self.hop = teacher.hop
 
-    def __call__(self, wavs, lengths):
-        content = wavs.detach().contiguous().cpu().numpy().tobytes()
-        key = (wavs.shape, tuple(lengths.tolist()), hashlib.sha1(content).digest())
+    def __call__(self, wavs):
+        if wavs.ids is None:
+            return self.teacher(wavs)
+        key = (wavs.ids, tuple(wavs.lengths.tolist()), wavs.padding_counts)
         if key not in self.seen:
-            self.seen[key] = self.teacher(wavs, lengths)
+            self.seen[key] = self.teacher(wavs)
         return self.seen[key]
 
 
@@ -163,7 +172,7 @@ class Offset:
     random : bool
         Draw the number of hops per utterance from 0 to ``seconds`` instead. It is drawn after the
         draws of ``perturbation``, which are therefore the same with and without offset.
-    context : Tensor, optional
+    context : Waveforms, optional
         [B, seconds] as samples, heard before the content instead of zeros; not with ``random``.
     """
 
@@ -178,26 +187,17 @@ class Offset:
         self.hop = hop
         self.random = random
 
-    def __call__(self, wavs, lengths, rngs=None):
+    def __call__(self, wavs, lengths=None, rngs=None):
         inner = self.perturbation(wavs, lengths, rngs)
-        if not self.random:
-            before = self.hops * self.hop
-            heard = inner.wavs.new_zeros(len(wavs), before)
-            if self.context is not None:
-                heard = self.context
-            moved = torch.cat([heard, inner.wavs], dim=1)
-        else:
+        hops = [self.hops] * len(inner)
+        if self.random:
             hops = [int(rng.integers(self.hops + 1)) for rng in rngs]
-            before = torch.tensor(hops, device=inner.lengths.device) * self.hop
-            rows = zip(inner.wavs, inner.lengths.tolist(), before.tolist())
-            rows = [torch.nn.functional.pad(wav[:size], (start, 0)) for wav, size, start in rows]
-            moved = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        start, lengths = inner.content_start + before, inner.lengths + before
-        return Perturbed(moved, lengths, start, inner.content_lengths)
-
-
-def full_lengths(wavs):
-    return torch.full((len(wavs),), wavs.shape[1], device=wavs.device)
+        moved = inner.surrounded(torch.tensor(hops) * self.hop, torch.zeros_like(inner.lengths))
+        if self.context is None:
+            return moved
+        heard = torch.cat([self.context.data, moved.data[:, self.hops * self.hop :]], dim=1)
+        ids = None if self.context.ids is None else moved.renamed("after", self.context.ids)
+        return replace(moved, data=heard, ids=ids)
 
 
 @torch.no_grad()
@@ -206,4 +206,4 @@ def content_frames(teacher, wavs, batch_size, offset_seconds=0.0, layers=None):
     view = RepresentationObjective(AllLayers(teacher, layers), distance=None)
     offset = Offset(offset_seconds, hop=teacher.hop)
     for batch in wavs.split(batch_size):
-        yield view.represent(batch, full_lengths(batch), None, offset)[0]
+        yield view.represent(Waveforms.of(batch), None, offset)[0]

@@ -1,8 +1,12 @@
 """The base of all enhancers."""
 
+from typing import Any, overload
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from pi_finetune.lengths import Waveforms, length_mask
 
 SAMPLE_RATE = 16000
 
@@ -17,14 +21,10 @@ def class_path(cls):
     return f"{package if module.startswith(package + '.') else module}.{cls.__qualname__}"
 
 
-def rms(wavs, lengths):
+def rms(wavs: Tensor, lengths: Tensor) -> Tensor:
     """Root mean square [B, 1] of wavs [B, T] (zero beyond lengths) over their valid samples."""
-    return (wavs.square().sum(1) / lengths.clamp(min=1) + 1e-10).sqrt()[:, None]
-
-
-def valid_mask(lengths, size):
-    """Mask [B, size] of the positions before ``lengths`` [B]."""
-    return torch.arange(size, device=lengths.device)[None] < lengths[:, None]
+    samples = lengths.clamp(min=1).to(wavs.device, non_blocking=True)
+    return (wavs.square().sum(1) / samples + 1e-10).sqrt()[:, None]
 
 
 class WaveformEnhancer(nn.Module):
@@ -32,8 +32,8 @@ class WaveformEnhancer(nn.Module):
 
     A subclass passes its constructor arguments to ``super().__init__`` and
     implements ``enhance(wavs [B, T], lengths [B]) -> [B, T]``, where wavs are
-    zero beyond their lengths and the longest length is T > 0. What it returns
-    beyond an item's length is ignored. Defining a subclass registers it, so that
+    zero beyond their lengths, which are int64 on the CPU, and the longest length is T > 0.
+    What it returns beyond an item's length is ignored. Defining a subclass registers it, so that
     ``load_enhancer`` can build it again.
 
     Attributes
@@ -58,8 +58,8 @@ class WaveformEnhancer(nn.Module):
         super().__init_subclass__(**kwargs)
         REGISTRY[class_path(cls)] = cls
 
-    def enhance(self, wavs, lengths):
-        """Enhance wavs [B, T], zero beyond lengths [B], the longest of which is T."""
+    def enhance(self, wavs: Tensor, lengths: Tensor) -> Tensor:
+        """Enhance wavs [B, T], zero beyond lengths [B] (on the CPU), the longest of which is T."""
         raise NotImplementedError
 
     def extra_files(self):
@@ -71,41 +71,38 @@ class WaveformEnhancer(nn.Module):
         """Build the model saved in ``folder``, without its weights."""
         return cls(**arguments)
 
+    @overload
+    def forward(self, wavs: Waveforms) -> Waveforms: ...
+
+    @overload
+    def forward(self, wavs: Tensor, lengths: Any = None) -> Tensor: ...
+
     def forward(self, wavs, lengths=None):
         """Enhance a batch.
 
         Arguments
         ---------
-        wavs : torch.Tensor [B, T]
-            Noisy waveforms, 16 kHz. What lies beyond ``lengths`` is ignored.
-        lengths : torch.Tensor [B], optional
-            Lengths in samples, 0 to T (default: all T).
+        wavs : Waveforms or torch.Tensor [B, T]
+            Noisy, 16 kHz. What lies beyond ``lengths`` is ignored.
+        lengths : torch.Tensor [B] or list, optional
+            Lengths in samples, 0 to T, of a tensor (default: all T).
 
         Returns
         -------
-        torch.Tensor [B, T]
-            Enhanced waveforms, zero beyond ``lengths``.
+        Waveforms or torch.Tensor [B, T], as ``wavs`` is
+            Enhanced, zero beyond the lengths.
         """
-        if wavs.dim() != 2 or not wavs.is_floating_point():
-            raise ValueError(
-                f"wavs must be a float tensor [B, T], got {wavs.dtype} {list(wavs.shape)}"
-            )
-        batch, time = wavs.shape
-        if lengths is None:
-            lengths = torch.full((batch,), time, device=wavs.device)
-        if lengths.shape != (batch,) or lengths.is_floating_point():
-            raise ValueError(
-                f"lengths must be {batch} whole numbers of samples (not relative lengths), "
-                f"got {lengths.dtype} {list(lengths.shape)}"
-            )
-        longest = int(lengths.max()) if batch else 0
-        if longest > time:
-            raise ValueError(f"lengths go up to {longest}, but wavs have {time} samples")
+        noisy = Waveforms.of(wavs, lengths)
+        time = noisy.data.shape[1]
+        longest = int(noisy.lengths.max()) if len(noisy) else 0
         if longest <= 0:
-            return torch.zeros_like(wavs)
-        lengths = lengths.to(wavs.device)
-        mask = valid_mask(lengths, longest)
-        # masked_fill and not a product: padding may hold anything, NaN included.
-        noisy = wavs[:, :longest].masked_fill(~mask, 0.0)
-        enhanced = self.enhance(noisy, lengths).masked_fill(~mask, 0.0)
-        return F.pad(enhanced, (0, time - longest))
+            enhanced = torch.zeros_like(noisy.data)
+        else:
+            mask = length_mask(noisy.lengths, longest, noisy.data.device)
+            # masked_fill and not a product: padding may hold anything, NaN included.
+            valid = noisy.data[:, :longest].masked_fill(~mask, 0.0)
+            enhanced = self.enhance(valid, noisy.lengths).masked_fill(~mask, 0.0)
+            enhanced = F.pad(enhanced, (0, time - longest))
+        if isinstance(wavs, Waveforms):
+            return noisy.with_data(enhanced)
+        return enhanced

@@ -5,7 +5,8 @@ from speechbrain.lobes.models import conv_tasnet
 from speechbrain.nnet.CNN import Conv1d
 from torch import nn
 
-from pi_finetune.enhancers.base import WaveformEnhancer, rms, valid_mask
+from pi_finetune.enhancers.base import WaveformEnhancer, rms
+from pi_finetune.lengths import length_mask
 
 
 class _MaskedNorm(nn.Module):
@@ -116,7 +117,7 @@ class ConvTasNet(WaveformEnhancer):
         frames = (lengths + self.stride - 1) // self.stride + 1
         size = (time + self.stride - 1) // self.stride * self.stride
         mixture = self.encoder(F.pad(wavs / level, (0, size - time)))  # [B, K, N]
-        valid = valid_mask(frames, mixture.shape[1])[..., None]
+        valid = length_mask(frames, mixture.shape[1], mixture.device)[..., None]
         for norm in self._norms:
             norm.valid = valid
         mask = self.masknet(mixture.transpose(1, 2))[0].transpose(1, 2)  # [B, K, N]

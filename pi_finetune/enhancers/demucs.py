@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pi_finetune.enhancers.base import WaveformEnhancer, valid_mask
+from pi_finetune.enhancers.base import WaveformEnhancer
 from pi_finetune.errors import UserError
+from pi_finetune.lengths import zero_beyond
 
 #: The published causal checkpoints. They are under CC BY-NC 4.0: not for commercial use.
 CHECKPOINTS = {
@@ -190,7 +191,7 @@ class Demucs(WaveformEnhancer):
     def enhance(self, wavs, lengths):
         """See ``WaveformEnhancer``."""
         scale = deviation(wavs, lengths)
-        sizes = torch.tensor([self.valid_length(n) for n in lengths.tolist()], device=wavs.device)
+        sizes = torch.tensor([self.valid_length(n) for n in lengths.tolist()])
         x = (wavs / (self.floor + scale))[:, None]
         x = F.pad(x, (0, self.valid_length(wavs.shape[1]) - wavs.shape[1]))
         skips, sizes = self._encode(x, sizes)
@@ -228,7 +229,7 @@ class Demucs(WaveformEnhancer):
         time = wavs.shape[1]
         x = (wavs / (self.floor + stream.scale))[:, None]
         x = F.pad(x, (0, self.valid_length(time) - time))
-        skips, sizes = self._encode(x, torch.full((len(x),), x.shape[2], device=x.device))
+        skips, sizes = self._encode(x, torch.full((len(x),), x.shape[2]))
         frames = skips[-1].permute(2, 0, 1)
         first = stream.frame - origin // self.grid
         then = min(len(frames), max(first, resume_at // self.grid - origin // self.grid))
@@ -272,9 +273,9 @@ class Demucs(WaveformEnhancer):
 
 def deviation(wavs: Tensor, lengths: Tensor) -> Tensor:
     """Unbiased standard deviation [B, 1] of wavs [B, T], zero beyond lengths [B]."""
-    count = lengths[:, None]
+    count = lengths.to(wavs.device, non_blocking=True)[:, None]
     mean = wavs.sum(1, keepdim=True) / count.clamp(min=1)
-    centred = (wavs - mean).masked_fill(~valid_mask(lengths, wavs.shape[1]), 0.0)
+    centred = zero_beyond(wavs - mean, lengths)
     variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
     silent = variance == 0  # the root has no gradient there
     return variance.masked_fill(silent, 1.0).sqrt().masked_fill(silent, 0.0)
@@ -282,7 +283,7 @@ def deviation(wavs: Tensor, lengths: Tensor) -> Tensor:
 
 def _cut(x: Tensor, sizes: Tensor) -> Tensor:
     """x [B, C, N], zero from sizes [B] on."""
-    return x.masked_fill(~valid_mask(sizes, x.shape[2])[:, None], 0.0)
+    return zero_beyond(x.transpose(1, 2), sizes).transpose(1, 2)
 
 
 def load_denoiser_checkpoint(source: str | Path) -> Demucs:

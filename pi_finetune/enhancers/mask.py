@@ -11,7 +11,8 @@ from speechbrain.nnet.normalization import LayerNorm
 from speechbrain.processing.features import ISTFT, STFT
 from torch import nn
 
-from pi_finetune.enhancers.base import SAMPLE_RATE, WaveformEnhancer, valid_mask
+from pi_finetune.enhancers.base import SAMPLE_RATE, WaveformEnhancer
+from pi_finetune.lengths import length_mask
 
 
 class _TimeBlock(nn.Module):
@@ -166,7 +167,7 @@ class MaskEnhancer(WaveformEnhancer):
         count = (time + self.n_fft // 2 + self.hop - 1) // self.hop
         size = (count - 1) * self.hop
         spectra = self.stft(F.pad(wavs.float(), (0, size - time)))  # [B, N, bins + 1, 2]
-        mask = self._mask(spectra, valid_mask(frames, count))
+        mask = self._mask(spectra, length_mask(frames, count, spectra.device))
         real, imag = spectra.unbind(-1)
         gain, turn = mask.unbind(-1)
         enhanced = torch.stack([real * gain - imag * turn, real * turn + imag * gain], dim=-1)

@@ -6,7 +6,8 @@ from speechbrain.nnet.linear import Linear
 from speechbrain.nnet.RNN import LSTM
 from torch import nn
 
-from pi_finetune.enhancers.base import WaveformEnhancer, rms, valid_mask
+from pi_finetune.enhancers.base import WaveformEnhancer, rms
+from pi_finetune.lengths import shares, zero_beyond
 
 
 class UNetEnhancer(WaveformEnhancer):
@@ -109,7 +110,7 @@ class UNetEnhancer(WaveformEnhancer):
             skips.append(x)
             sizes.append((lengths, x.shape[2]))
         # SpeechBrain packs by relative lengths, truncating: half a frame more is safe.
-        relative = (lengths.clamp(min=1) + 0.5) / x.shape[2]
+        relative = shares(lengths.clamp(min=1) + 0.5, x.shape[2])
         x = self.join(self.lstm(x.transpose(1, 2), lengths=relative)[0]).transpose(1, 2)
         for before, up, after in self.decoder:
             lengths, _ = sizes.pop()
@@ -127,4 +128,4 @@ class UNetEnhancer(WaveformEnhancer):
     @staticmethod
     def _cut(x, lengths):
         """Set x [B, C, N] to zero from lengths [B] on."""
-        return x.masked_fill(~valid_mask(lengths, x.shape[2])[:, None], 0.0)
+        return zero_beyond(x.transpose(1, 2), lengths).transpose(1, 2)

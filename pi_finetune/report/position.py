@@ -124,14 +124,20 @@ def _column(records, key):
     return [float("nan") if record[key] is None else record[key] for record in records]
 
 
+def _place(layer):
+    """Where a layer stands on an axis: "cnn", which is before all others, one before layer 0."""
+    return -1 if layer == "cnn" else layer
+
+
 def _layer_lines(axes, records, x, y):
     """A curve per layer, dark for the first and light for the last."""
-    layers = sorted({record["layer"] for record in records})
-    scale = Normalize(layers[0], max(layers[-1], layers[0] + 1) * 1.1)
+    layers = sorted({record["layer"] for record in records}, key=_place)
+    first, last = _place(layers[0]), _place(layers[-1])
+    scale = Normalize(first, first + max(last - first, 1) * 1.1)
     colours = matplotlib.colormaps["viridis"]
     for layer in layers:
         own = [record for record in records if record["layer"] == layer]
-        colour = colours(scale(layer))
+        colour = colours(scale(_place(layer)))
         label = f"layer {layer}"
         axes.plot(_column(own, x), _column(own, y), color=colour, linewidth=1.5, label=label)
         if "low" in own[0]:
@@ -161,7 +167,7 @@ def _draw_probe(axes, records):
         (("index", "frame index"), ("to_end", "frames to the end"))
     ):
         own = [record for record in records if record["target"] == target]
-        layers = _column(own, "layer")
+        layers = [_place(record["layer"]) for record in own]
         style = {"color": _COLOURS[i], "marker": _MARKERS[i], "markersize": 4}
         axes.plot(layers, _column(own, "r2"), label=label, **style)
         axes.plot(layers, _column(own, "r2_shuffled"), "--", label=f"{label}, shuffled", **style)
@@ -169,6 +175,8 @@ def _draw_probe(axes, records):
     low = min(_column(records, "r2") + _column(records, "r2_shuffled"))
     axes.set(xlabel="layer", ylabel="R² on held-out utterances", ylim=(max(low, -1) - 0.05, 1.02))
     axes.xaxis.get_major_locator().set_params(integer=True)
+    if any(record["layer"] == "cnn" for record in records):
+        axes.xaxis.set_major_formatter(lambda x, _: "cnn" if x == -1 else f"{x:g}")
     axes.legend()
 
 
@@ -253,7 +261,7 @@ def summary_rows(folder):
     header = ["layer", *columns]
     return header, [
         [str(layer), *(layers[layer].get(column, tables.MISSING) for column in columns)]
-        for layer in sorted(layers)
+        for layer in sorted(layers, key=_place)
     ]
 
 

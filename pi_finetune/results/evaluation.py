@@ -11,7 +11,7 @@ from speechbrain.utils.distributed import ddp_barrier
 from tqdm import tqdm
 
 from pi_finetune.data.audio import SAMPLE_RATE
-from pi_finetune.data.loading import collate, sample_lengths
+from pi_finetune.data.loading import collate
 from pi_finetune.distributed import on_main, processes, rank
 from pi_finetune.enhancers import WEIGHTS_FILE
 from pi_finetune.errors import UserError
@@ -62,7 +62,7 @@ def evaluate_system(
     folder : str or Path
         ``.../STRATEGY/SEED``, from which strategy and seed of the lines are taken.
     enhancer : callable or None
-        ``enhancer(wavs [B, T], lengths [B]) -> [B, T]``; None scores the noisy input.
+        ``enhancer(Waveforms) -> Waveforms``; None scores the noisy input.
     pairs : pi_finetune.data.loading.SpeechPairs
         The test mixtures.
     recognizers : list
@@ -123,17 +123,14 @@ def evaluate_system(
         torch.inference_mode(),
     ):
         for batch in loader:
-            lengths = sample_lengths(batch.noisy).to(device)
-            wavs = batch.noisy.data.to(device)
+            wavs = batch.noisy.to(device)
             if enhancer is not None:
-                wavs = enhancer(wavs, lengths)
-            heard = [
-                (r, r(wavs, lengths), likelihoods(r, wavs, lengths, batch.text))
-                for r in recognizers
-            ]
-            sizes = lengths.tolist()
-            estimates = [wav[:n] for wav, n in zip(wavs.cpu().numpy(), sizes)]
-            references = [wav[:n] for wav, n in zip(batch.clean.data.numpy(), sizes)]
+                wavs = enhancer(wavs)
+            given = (wavs.data, wavs.lengths)
+            heard = [(r, r(*given), likelihoods(r, *given, batch.text)) for r in recognizers]
+            sizes = wavs.lengths.tolist()
+            estimates = [wav.numpy() for wav in wavs.to("cpu").items()]
+            references = [wav.numpy() for wav in batch.clean.items()]
             for i, signal in enumerate(metrics.score_batch(references, estimates, workers)):
                 utterance, reference = batch.id[i], batch.text[i]
                 record = {
