@@ -11,6 +11,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -25,6 +26,7 @@ from pi_finetune.commands import divide, words
 from pi_finetune.config import check_overrides, find_hparams
 from pi_finetune.errors import UserError
 from pi_finetune.files import write_text
+from pi_finetune.settings import check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +188,9 @@ class Ablation:
             raise UserError("teachers: give at least one, as NAME: {teacher_source: FOLDER}.")
         for name in {"noisy", "pretrained", "controls", "search"} & set(self.teachers):
             raise UserError(f"teachers: {name!r} is the name of a folder here; take another.")
+        from pi_finetune.results.metrics import DEV_SCORES  # imports much, and workers load this
+
+        check_choice("select_by", hparams["select_by"], DEV_SCORES)
         self.groups = [
             *(("controls", name) for name in self.controls),
             *((teacher, name) for teacher in self.teachers for name in self.strategies),
@@ -217,22 +222,24 @@ class Ablation:
         cells = self.searches[teacher, strategy]
         if not cells:
             return self.hparams["lrs"][0], {}
-        from pi_finetune.results.metrics import (
-            SIGNAL_SCORES,  # imports much, and workers load this module
-        )
+        # These import much, and workers load this module.
+        from pi_finetune.results.metrics import SIGNAL_SCORES
         from pi_finetune.results.runs import read_json_lines
 
         score = self.hparams["select_by"]
-        higher = score in SIGNAL_SCORES
+        best = max if score in SIGNAL_SCORES else min
         scores = {}
         for rate, cell in cells.items():
-            lines = read_json_lines(cell.folder / "valid.jsonl")
-            values = [line[score] for line in lines if line.get(score) is not None]
-            if not values:
-                raise UserError(f"{cell.folder}/valid.jsonl: no {score}, which select_by names.")
-            scores[rate] = max(values) if higher else min(values)
-        best = max if higher else min
-        return best(scores, key=scores.get), scores
+            values = [line.get(score) for line in read_json_lines(cell.folder / "valid.jsonl")]
+            finite = [value for value in values if value is not None and math.isfinite(value)]
+            scores[rate] = best(finite, default=None)
+        found = {rate: value for rate, value in scores.items() if value is not None}
+        if not found:
+            raise UserError(
+                f"{self.results / 'search'}: no learning rate of {teacher}/{strategy} has a finite "
+                f"{score}, which select_by names. Give lower lrs or another select_by."
+            )
+        return best(found, key=found.get), scores
 
     def comparisons(self):
         """What to compare, over what has been scored: ``(runs, options)``, one a teacher."""

@@ -1,14 +1,18 @@
 """Command lines of the recipes: words become values here, and values words."""
 
+import itertools
 import json
 from pathlib import Path
 
+from pi_finetune import settings
 from pi_finetune.config import keys, parse_yaml
 from pi_finetune.errors import UserError
 
 
 def parse(argv):
     """Read a recipe's command line, ``EXPERIMENT [--KEY VALUE ...] [--FLAG ...]``.
+
+    A key that is True or False may stand without a value, for True.
 
     Arguments
     ---------
@@ -20,22 +24,75 @@ def parse(argv):
     (str, dict, dict)
         The experiment, overrides of its keys, and those of SpeechBrain's run options that were
         given: what a recipe's function is called with.
+
+    Raises
+    ------
+    UserError
+        Something is given twice, lacks its value, or is of a wrong type.
     """
-    from speechbrain import parse_arguments  # imports PyTorch
+    from speechbrain.utils.run_opts import RunOptions  # imports PyTorch
 
-    experiment, run_opts, overrides = parse_arguments(argv)
-    given = {name: run_opts[name] for name in run_opts.overridden_args}
-    return experiment, parse_yaml(overrides, "the command line") or {}, given
+    parser = RunOptions._create_parser()
+    parser.error = _refuse
+    known = {word: action for action in parser._actions for word in action.option_strings}
+    experiment, run_words, overrides, given = [], [], {}, set()
+    starts = [i for i, word in enumerate(argv) if i == 0 or _is_option(word)]
+    for start, end in itertools.pairwise([*starts, len(argv)]):
+        words = argv[start:end]
+        if not _is_option(words[0]):
+            experiment += words
+            continue
+        option, equals, value = words[0].partition("=")
+        values = ([value] if equals else []) + words[1:]
+        if option in known and known[option].nargs == 0:  # a flag: what follows is not its value
+            run_words.append(option)
+            experiment += values
+            continue
+        if option in given:
+            raise UserError(f"{option} is given twice. Leave one of them out.")
+        given.add(option)
+        if option in known:
+            run_words += [option, *values]
+        elif option.startswith("--"):
+            overrides[option[2:]] = _value(option, " ".join(values), bool(values))
+        else:
+            raise UserError(f"{option}: an option begins with two dashes, --KEY VALUE.")
+    options = parser.parse_args([*(experiment or [""]), *run_words])
+    if not experiment:
+        raise UserError("Name an experiment file first, e.g. hparams/mse.yaml.")
+    names = {known[word].dest for word in run_words if word in known}
+    return experiment[0], overrides, {name: getattr(options, name) for name in sorted(names)}
 
 
-def divide(experiment, settings):
+def _refuse(message):
+    raise UserError(f"{message[0].upper()}{message[1:]}.")
+
+
+def _is_option(word):
+    try:
+        float(word)  # -2 is a value
+    except ValueError:
+        return word.startswith("-") and word != "-"
+    return False
+
+
+def _value(option, text, given):
+    setting = settings.SETTINGS.get(option[2:])
+    if not given and setting is not None and setting.kind is settings.FLAG:
+        return True
+    if not given or not text.strip():
+        raise UserError(f"{option}: its value is missing; null stands for none.")
+    return parse_yaml(f"value: {text}", option)["value"]
+
+
+def divide(experiment, values):
     """Divide settings as one types them into overrides of a file's keys and run options.
 
     Arguments
     ---------
     experiment : str or Path
         The experiment file.
-    settings : dict
+    values : dict
 
     Returns
     -------
@@ -45,8 +102,8 @@ def divide(experiment, settings):
     from speechbrain.utils.run_opts import RunOptions
 
     declared, known = keys(experiment), RunOptions().keys()
-    run_opts = {k: v for k, v in settings.items() if k not in declared and k in known}
-    return {k: v for k, v in settings.items() if k not in run_opts}, run_opts
+    run_opts = {k: v for k, v in values.items() if k not in declared and k in known}
+    return {k: v for k, v in values.items() if k not in run_opts}, run_opts
 
 
 def words(recipe, arguments, overrides=None, flags=None):

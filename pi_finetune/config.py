@@ -4,14 +4,18 @@ import difflib
 import functools
 import inspect
 import io
+import pydoc
 import re
+import traceback
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+import hyperpyyaml.core
 import ruamel.yaml
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from hyperpyyaml.core import recursive_update
 
+from pi_finetune import settings
 from pi_finetune.errors import UserError
 from pi_finetune.files import PROJECT_ROOT
 
@@ -54,13 +58,34 @@ def load_hparams(path, overrides=None):
         A file is missing or is no YAML, a key is unknown, a reference is wrong.
     """
     text = resolve(path, overrides)
+    settings.check_values(settings.read(text))
     try:
         return load_hyperpyyaml(text), text
     except UserError:
         raise
-    except TypeError as error:
-        # HyperPyYAML's "Invalid argument to class X" wraps the constructor's own error.
-        raise UserError(f"{path}: {' '.join(str(part) for part in error.args)}") from error
+    except (ImportError, TypeError, ValueError) as error:
+        raise _mistake_in_yaml(path, error) from error
+
+
+def _mistake_in_yaml(path, error):
+    """A UserError if HyperPyYAML found the mistake; what a class raised itself is a bug in it.
+
+    A wrong name has no frame below HyperPyYAML's, and neither has an argument that a class does not
+    take: the call fails before the class's own code runs.
+    """
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    if innermost.f_globals.get("__name__") != hyperpyyaml.core.__name__:
+        return error
+    message = " ".join(str(part) for part in error.args).rstrip(".")
+    return UserError(f"{path}: {message}.{_nearest_name(message)}")
+
+
+def _nearest_name(message):
+    """`` Did you mean X?`` where a message ends in the dotted name of what is not there."""
+    module, _, name = message.split()[-1].rpartition(".")
+    found = pydoc.locate(module) if module and message.startswith("There is no such") else None
+    close = difflib.get_close_matches(name, dir(found), n=1) if found is not None else []
+    return f" Did you mean {module}.{close[0]}?" if close else ""
 
 
 def resolve(path, overrides=None):
@@ -70,6 +95,7 @@ def resolve(path, overrides=None):
     replaced by what it stands for; nothing is instantiated. A run folder keeps this text.
     """
     tree = _overridden_tree(path, overrides)
+    settings.check_each(settings.plain(tree))  # references compute with them
     try:
         text = _dump(tree)
         # One pass leaves a reference to what is itself a reference further down.
@@ -79,17 +105,17 @@ def resolve(path, overrides=None):
         raise UserError(
             f"{path}: !include names a file that is not there: {error.filename}"
         ) from None
-    except (ValueError, TypeError) as error:
-        reason = " ".join(str(part) for part in error.args)
+    except (ImportError, ValueError, TypeError) as error:
         if f"<{PRESET}[" in text:
             reason = f"<{PRESET}[...]> has no values: write the value itself, or <teacher_source>"
-        raise UserError(f"{path}: {reason}") from None
+            raise UserError(f"{path}: {reason}") from None
+        raise _mistake_in_yaml(path, error) from error
     return text
 
 
 def check_overrides(path, overrides):
-    """Raise a UserError, as :func:`load_hparams` would, if the file lacks one of the keys."""
-    _overridden_tree(path, overrides)
+    """Raise a UserError, as :func:`load_hparams` would, if a key or a value is wrong."""
+    settings.check_values(settings.read(resolve(path, overrides)))
 
 
 def keys(path):
@@ -195,13 +221,37 @@ def _apply_preset(tree, given, folder):
     given[PRESET] = name
 
 
-def _merged_tree(path, _seen=()):
-    if path.resolve() in _seen:
+def _merged_tree(path):
+    """The file with what it extends; a key of its own that nothing would read is an error."""
+    texts, own = [], []
+    tree = _extended(path, (), texts, own)
+    for file, key, base in own:
+        used = re.compile(rf"<{re.escape(key)}[>.\[]")
+        if any(used.search(text) for text in texts) or _is_run_option(key):
+            continue
+        close = difflib.get_close_matches(key, base, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UserError(
+            f"{file}: {key} is no key of the file that it extends, and no !ref <{key}> uses it, so "
+            f"that it would do nothing.{hint}"
+        )
+    return tree
+
+
+def _is_run_option(key):
+    from speechbrain.utils.run_opts import RunOptions  # imports PyTorch
+
+    return key in RunOptions()
+
+
+def _extended(path, seen, texts, own):
+    if path.resolve() in seen:
         raise UserError(f"{path}: 'extends' goes round in a circle.")
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise UserError(f"Cannot read the experiment file {path}: {error.strerror}.") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"Cannot read the experiment file {path}: {reason}.") from None
     # Includes become absolute here, since the merged text has no folder of its own. A YAML tag
     # ends at a blank, which %20 stands for.
     text = re.sub(
@@ -213,10 +263,13 @@ def _merged_tree(path, _seen=()):
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no mapping of keys to values.")
     _refuse_retired(tree, path)
+    texts.append(text)
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    merged = _merged_tree(_beside(path, base), (*_seen, path.resolve()))
+    merged = _extended(_beside(path, base), (*seen, path.resolve()), texts, own)
+    known = [str(key) for key in merged]
+    own += [(path, str(k), known) for k in tree if k not in merged and not str(k).startswith("__")]
     _apply_preset(merged, tree, path.parent)
     for key, value in tree.items():
         # Whole values are replaced: a strategy's block must not inherit half of the base's.
@@ -250,37 +303,6 @@ def _dump(tree):
     stream = io.StringIO()
     ruamel.yaml.YAML().dump(tree, stream)
     return stream.getvalue()
-
-
-def refuse_other_settings(folder, resolved):
-    """Raise a UserError if ``folder`` holds a run that was started with other settings.
-
-    Otherwise such a run would be resumed, and its results would be of neither.
-
-    Arguments
-    ---------
-    folder : Path
-        A run folder; ``hyperparams.yaml`` is what it was started with, ``save`` its checkpoints.
-    resolved : str
-        The text :func:`load_hparams` returned.
-    """
-    path = folder / "hyperparams.yaml"
-    if not path.exists() or not any(folder.glob("save/CKPT*")):
-        return  # nothing to resume
-    old, new = (ruamel.yaml.YAML().load(text) for text in (path.read_text(), resolved))
-    for harmless in ("num_workers", "ckpt_interval_minutes", "checkpointer"):
-        old.pop(harmless, None), new.pop(harmless, None)
-    # A key that an older version did not have and that is null is a feature not used.
-    changed = [key for key in {**old, **new} if _text(old.get(key)) != _text(new.get(key))]
-    if changed:
-        raise UserError(
-            f"{folder} holds a run with other settings: {', '.join(changed)}. Remove it, or give "
-            "this run another place with --results_folder, --strategy or --seed."
-        )
-
-
-def _text(node):
-    return _dump({"value": node})
 
 
 def asset_folder():

@@ -11,9 +11,11 @@ from pi_finetune.errors import UserError
 
 
 def start_processes(run_opts):
-    """Join the group of processes if ``torchrun`` started this one; nothing otherwise.
+    """Join the group of processes if ``torchrun`` started this one, and choose the device.
 
-    Without a GPU the backend is gloo, whatever ``--distributed_backend`` defaults to.
+    Without a GPU the backend is gloo, whatever ``--distributed_backend`` defaults to. The device
+    is ``--device``, or a GPU where there is one (of several processes each takes the GPU of its
+    own number); it is printed.
 
     Arguments
     ---------
@@ -23,7 +25,12 @@ def start_processes(run_opts):
     Returns
     -------
     speechbrain.utils.run_opts.RunOptions
-        With the backend that is used.
+        With the backend and the device that are used.
+
+    Raises
+    ------
+    UserError
+        The device that was asked for is not there.
     """
     run_opts = RunOptions.from_dictionary(run_opts or {})
     if "RANK" in os.environ and not torch.cuda.is_available():
@@ -33,7 +40,25 @@ def start_processes(run_opts):
             overridden_args=run_opts.overridden_args | {"distributed_backend"},
         )
     sb.utils.distributed.ddp_init_group(run_opts)
-    return run_opts
+    # SpeechBrain's default is None, which .to() takes for "stay where you are".
+    device = run_opts.device or sb.utils.distributed.infer_device()
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used: {reason}") from None
+    if rank() == 0:
+        print(f"device: {device_name(device)}", flush=True)
+    return dataclasses.replace(
+        run_opts, device=device, overridden_args=run_opts.overridden_args | {"device"}
+    )
+
+
+def device_name(device):
+    """A device for people: ``cuda:0 (NVIDIA H100)``, ``cpu``."""
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
 
 
 def processes():

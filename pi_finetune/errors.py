@@ -13,7 +13,10 @@ class UserError(ValueError):
 
 
 def command(main):
-    """Decorator of a command's ``main``: show a :class:`UserError` as its text, exit with 2."""
+    """Decorator of a command's ``main``: what a user did is told in words, without a traceback.
+
+    A :class:`UserError` is shown as its text, exit status 2; Ctrl-C says how to go on, status 130.
+    """
 
     @functools.wraps(main)
     def run(*args, **kwargs):
@@ -25,5 +28,8 @@ def command(main):
             if message:  # of several processes the main one has it
                 print(f"error: {message}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("\ninterrupted\nThe same command goes on from what is finished.", file=sys.stderr)
+            sys.exit(130)
 
     return run

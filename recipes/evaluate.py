@@ -17,6 +17,7 @@ from pi_finetune.distributed import on_main, rank, start_processes
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import command
 from pi_finetune.results.evaluation import evaluate_system
+from pi_finetune.run_folder import Lock
 
 
 def load_pretrained(hparams, device):
@@ -57,24 +58,25 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
     """
     run_opts = start_processes(run_opts)
     hparams, _ = load_hparams(find_hparams(experiment), overrides)
-    device = run_opts.device or "cpu"
+    device = run_opts.device
     systems, recognizers = load_pretrained(hparams, device)
     test_data = on_main(build, hparams["test_data"])
     paths = []
     for folder, enhancer, weights in systems:
-        path = evaluate_system(
-            folder,
-            enhancer,
-            test_data,
-            recognizers,
-            test_set=hparams["test_set"],
-            weights=weights,
-            batch_size=hparams["batch_size"],
-            workers=hparams["workers"],
-            audio_examples=hparams["audio_examples"],
-            overwrite=hparams["overwrite"],
-            device=device,
-        )
+        with Lock(folder / "scores" / f".{hparams['test_set']}.lock", "an evaluation"):
+            path = evaluate_system(
+                folder,
+                enhancer,
+                test_data,
+                recognizers,
+                test_set=hparams["test_set"],
+                weights=weights,
+                batch_size=hparams["batch_size"],
+                workers=hparams["workers"],
+                audio_examples=hparams["audio_examples"],
+                overwrite=hparams["overwrite"],
+                device=device,
+            )
         paths.append(path)
         if rank() == 0:
             print(path)

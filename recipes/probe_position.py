@@ -53,7 +53,7 @@ def probe(experiment="probe_position", overrides=None, run_opts=None):
     if unknown:
         raise UserError(f"diagnostics: no {unknown[0]!r}; choose from {', '.join(DIAGNOSTICS)}.")
     folder = Path(hparams["output_folder"]) / "position"
-    device = run_opts.device or "cpu"
+    device = run_opts.device
     teacher = build(hparams["teacher"]).to(device)
     layers, seed = hparams["layers"], hparams["seed"]
     diagnostics.chosen_layers(teacher, layers)  # a wrong one fails before the first diagnostic

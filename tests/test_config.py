@@ -15,7 +15,6 @@ from pi_finetune.config import (
     _merged_tree,
     asset_folder,
     load_hparams,
-    refuse_other_settings,
 )
 from pi_finetune.errors import UserError
 
@@ -78,16 +77,6 @@ def test_a_block_can_be_exchanged_on_the_command_line(folder):
 def test_mistakes_are_named(tmp_path, text, overrides, message):
     with pytest.raises(UserError, match=message):
         load_hparams(_write(tmp_path / "bad.yaml", text), overrides)
-
-
-def test_a_run_with_other_settings_is_not_resumed(tmp_path):
-    refuse_other_settings(tmp_path, "lr: 1\n")  # nothing there yet
-    _write(tmp_path / "hyperparams.yaml", "lr: 1\nnum_workers: 1\nmade: !new:a.B\n  c: 1\n")
-    refuse_other_settings(tmp_path, "lr: 2\n")  # started, but nothing to resume
-    (tmp_path / "save" / "CKPT+1").mkdir(parents=True)
-    refuse_other_settings(tmp_path, "lr: 1\nnum_workers: 4\nmade: !new:a.B\n  c: 1\n")
-    with pytest.raises(UserError, match="other settings: lr, made"):
-        refuse_other_settings(tmp_path, "lr: 2\nmade: !new:a.C\n  c: 1\n")
 
 
 def _write(path, text):

@@ -322,7 +322,7 @@ def test_batches_of_similar_lengths_train_and_resume(train, tmp_path, monkeypatc
             raise KeyboardInterrupt
         step(self)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(EnhancementBrain, "optimizers_step", die)
         train("soft_dtw", "killed", **settings)
     killed = train("soft_dtw", "killed", **settings)

@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(train, straight, tmp_
         step(self)
 
     step = EnhancementBrain.optimizers_step
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(EnhancementBrain, "optimizers_step", stop)
         train("mse", "damaged", **EVERY_STEP)
     run = tmp_path / "damaged" / "mse" / "1234"

@@ -5,6 +5,7 @@ import math
 import speechbrain as sb
 import torch
 
+from pi_finetune import settings
 from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.distributed import gather_in_turn, rank
 from pi_finetune.enhancers import config_text, save_enhancer
@@ -12,6 +13,8 @@ from pi_finetune.errors import UserError
 from pi_finetune.recognizers import gives_likelihood, likelihoods
 from pi_finetune.results import metrics
 from pi_finetune.seeding import perturbation_rngs
+
+logger = sb.utils.logger.get_logger(__name__)
 
 
 class EnhancementBrain(UpdateBrain):
@@ -28,6 +31,7 @@ class EnhancementBrain(UpdateBrain):
         config_text(self.modules.enhancer)  # one that could not be saved fails here
         callbacks = self.hparams.validation_callbacks or []
         self.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        settings.check_choice("select_by", self.hparams.select_by, metrics.DEV_SCORES)
         self.recognizer = next(iter(self.hparams.recognizers), None)
         if self.hparams.select_by == "wer" and self.recognizer is None:
             raise UserError("select_by: wer needs a recogniser; set asr_source or select_by.")
@@ -40,6 +44,18 @@ class EnhancementBrain(UpdateBrain):
             for module in self.modules.objective.modules():
                 if hasattr(module, "check_values"):
                     module.check_values()
+
+    def make_valid_loader(self, dataset, **loader_kwargs):
+        """As :class:`UpdateBrain`'s; speech that cannot choose the best model is refused."""
+        if self.hparams.select_by in metrics.TEXT_SCORES and not any(
+            (entry.get("text") or "").strip() for entry in dataset.manifest.values()
+        ):
+            raise UserError(
+                f"select_by: {self.hparams.select_by} needs transcripts, and none of the "
+                f"{len(dataset.manifest)} dev utterances (valid_splits) has one. Add transcripts, "
+                "or set select_by to objective, say."
+            )
+        return super().make_valid_loader(dataset, **loader_kwargs)
 
     def compute_forward(self, batch, stage):
         """Enhance the noisy waveforms, to ``Waveforms`` of the same lengths."""
@@ -113,6 +129,9 @@ class EnhancementBrain(UpdateBrain):
                 for name, wavs in self.examples.items():
                     train_logger.log_example(record["update"], name, wavs)
         selection = self._selection(record)
+        by = self.hparams.select_by
+        if math.isinf(selection) and (self.with_wer or by not in metrics.TEXT_SCORES):
+            logger.warning(f"No {by} at this validation, so that its model cannot be the best.")
         if selection <= min(map(self._selection, self.history.validations)) and rank() == 0:
             save_enhancer(self.hparams.output_folder, self.plain_modules["enhancer"])
         self.checkpointer.save_and_keep_only(

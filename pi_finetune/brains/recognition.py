@@ -99,6 +99,7 @@ class EncodedSpeech(Dataset):
         cache_gb=1.0,
         trainable=False,
     ):
+        self.manifest = manifest
         self.encoder = encoder
         self.augmentation = augmentation
         self.views = views if augmentation is not None else 1

@@ -1,6 +1,7 @@
 """What the Brains of this project share: training is counted in updates and survives bad ones."""
 
 import contextlib
+import functools
 import json
 import math
 import shutil
@@ -12,7 +13,8 @@ import torch
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from torch.utils.data import DataLoader, Subset
 
-from pi_finetune.config import build, find_hparams, load_hparams, refuse_other_settings
+from pi_finetune import settings
+from pi_finetune.config import build, find_hparams, keys, load_hparams, resolve
 from pi_finetune.data.loading import ShareOfSampler, UpdateBatchSampler, UpdateSampler, collate
 from pi_finetune.distributed import (
     mean_over_processes,
@@ -22,13 +24,17 @@ from pi_finetune.distributed import (
     start_processes,
 )
 from pi_finetune.errors import UserError
-from pi_finetune.files import write_text
+from pi_finetune.files import json_number, write_text
+from pi_finetune.run_folder import SETTINGS_FILE, Lock, open_run
+from pi_finetune.run_folder import session as describe_session
 
 logger = sb.utils.logger.get_logger(__name__)
 
 
 def start_run(recipe, experiment, overrides=None, run_opts=None):
     """Load an experiment, and open its run folder: settings, checkpoints and logs.
+
+    The folder is locked until the end of ``fit``.
 
     Arguments
     ---------
@@ -39,7 +45,8 @@ def start_run(recipe, experiment, overrides=None, run_opts=None):
     overrides : dict, optional
         Values of its keys.
     run_opts : dict, optional
-        SpeechBrain's run options, e.g. ``{"device": "cuda"}``.
+        SpeechBrain's run options, e.g. ``{"device": "cuda"}``. One that is a key of the file too
+        is an override of it.
 
     Returns
     -------
@@ -49,26 +56,42 @@ def start_run(recipe, experiment, overrides=None, run_opts=None):
     Raises
     ------
     UserError
-        The settings are wrong, or the folder holds a run with others.
+        The settings are wrong, or the folder holds a run with others or is in use.
     """
-    run_opts = start_processes(run_opts)
-    hparams, resolved = load_hparams(find_hparams(experiment), overrides)
-    if hparams["updates"] % hparams["valid_every"]:
-        raise UserError("updates: must be a multiple of valid_every, so that the end is validated.")
-    folder = Path(hparams["output_folder"])
-    on_main(refuse_other_settings, folder, resolved)
-    sb.create_experiment_directory(experiment_directory=str(folder))
-    on_main(_record, folder, resolved, recipe)
-    for key in ("checkpointer", "train_loggers"):
-        hparams[key] = build(hparams[key])
-    return hparams, run_opts
+    path, given = find_hparams(experiment), dict(run_opts or {})
+    for key, value in given.items():
+        settings.check_value(key, value)
+    shared = {key: given[key] for key in keys(path) if key in given}
+    overrides = {**(overrides or {}), **shared}
+    run_opts = start_processes(given)
+    values = settings.read(resolve(path, overrides))
+    settings.check_values(values)
+    folder = Path(values["output_folder"])
+    if run_opts.debug and not run_opts.debug_persistently and any(folder.glob("save/CKPT*")):
+        folder = folder / "debug"  # a few updates must not replace a run's results
+        overrides["output_folder"] = str(folder)
+    lock = Lock(folder / ".lock", "a training")
+    on_main(lock.acquire)
+    try:
+        hparams, resolved = load_hparams(path, overrides)
+        session = describe_session(given, run_opts.device)
+        record = on_main(open_run, folder, functools.partial(resolve, path), overrides, session)
+        sb.create_experiment_directory(experiment_directory=str(folder))
+        on_main(_keep_recipe, folder, recipe)
+        if not record.resumed:
+            on_main(write_text, folder / SETTINGS_FILE, resolved)
+        for key in ("checkpointer", "train_loggers"):
+            hparams[key] = build(hparams[key])
+    except BaseException:
+        lock.release()
+        raise
+    return {**hparams, "run_record": record, "run_lock": lock}, run_opts
 
 
-def _record(folder, resolved, recipe):
-    """Keep the settings and the recipe; SpeechBrain copied its caller, which is this module."""
+def _keep_recipe(folder, recipe):
+    """Keep the recipe; SpeechBrain copied its caller, which is this module."""
     (folder / Path(__file__).name).unlink(missing_ok=True)
     shutil.copy(recipe, folder)
-    write_text(folder / "hyperparams.yaml", resolved)
 
 
 class NonFiniteStep(Exception):
@@ -90,6 +113,7 @@ class History:
         self.batches_per_update = list(batches_per_update)
         self.seconds = 0.0  # validation excluded
         self.skipped = 0
+        self.finite_losses = 0  # of the epoch under way
         self.validations = []
 
     @mark_as_saver
@@ -138,6 +162,7 @@ class UpdateBrain(sb.Brain):
         Each process has its share: batch b of process r of P is made of items that one process
         with a batch P times as large would have had in its batch b.
         """
+        self._check_data("train", dataset)
         # SpeechBrain's make_dataloader would wrap the sampler in its own DistributedSampler, which
         # lists an epoch beforehand and shuffles batches once more.
         batches = self.hparams.valid_every * self.grad_accumulation_factor * processes()
@@ -167,9 +192,28 @@ class UpdateBrain(sb.Brain):
         Scores are put back in the order of ``dataset`` by
         :func:`pi_finetune.distributed.gather_in_turn`.
         """
+        self._check_data("valid", dataset)
         if processes() > 1:
             dataset = Subset(dataset, range(rank(), len(dataset), processes()))
         return DataLoader(dataset, collate_fn=collate, **loader_kwargs)
+
+    def _check_data(self, part, dataset):
+        record = getattr(self.hparams, "run_record", None)
+        if record is not None:
+            record.check_data(part, dataset)
+
+    def on_fit_start(self):
+        """Resume, and note in the run folder from where and with what."""
+        super().on_fit_start()
+        done = self.optimizer_step
+        if done > getattr(self.hparams, "updates", math.inf):
+            raise UserError(
+                f"updates: {self.hparams.updates}, but the run in {self.hparams.output_folder} "
+                f"made {done} already. Set updates to {done} or more."
+            )
+        record = getattr(self.hparams, "run_record", None)
+        if record is not None and not self.debug:
+            on_main(record.write, done)
 
     def fit(self, *args, **kwargs):
         """As SpeechBrain's; a loader worker that died is an error one can read."""
@@ -183,6 +227,10 @@ class UpdateBrain(sb.Brain):
                 "system ended it for want of memory: lower num_workers, batch_size or "
                 "valid_batch_size. The last checkpoint is intact; the same command continues."
             ) from error
+        finally:
+            lock = getattr(self.hparams, "run_lock", None)
+            if lock is not None:
+                lock.release()
 
     @contextlib.contextmanager
     def no_sync(self, use=True):
@@ -234,9 +282,10 @@ class UpdateBrain(sb.Brain):
         )
         if self.skipped_in_a_row > self.nonfinite_patience:
             raise UserError(
-                f"{self.skipped_in_a_row} updates in a row had {self.spoilt} (the last). Lower lr "
-                "(raise gamma, with soft-DTW), or look for broken audio among them; "
-                "nonfinite_patience sets how many are allowed. The last checkpoint is intact."
+                f"{self.skipped_in_a_row} updates in a row had {self.spoilt} (the last). The last "
+                "checkpoint is intact: continue with a lower --lr or a higher "
+                "--nonfinite_patience, or look for broken audio among them. With soft-DTW a larger "
+                "gamma is steadier; that is another run, with another --results_folder."
             )
         self.spoilt = None
 
@@ -263,12 +312,21 @@ class UpdateBrain(sb.Brain):
             return
         self.skipped_in_a_row = 0
 
+    def update_average(self, loss, avg_loss):
+        """The mean of the finite losses so far, NaN without any; SpeechBrain's begins at 0."""
+        if not math.isfinite(loss):
+            return avg_loss if self.history.finite_losses else math.nan
+        self.history.finite_losses += 1
+        before = avg_loss if self.history.finite_losses > 1 else 0.0
+        return before + (float(loss) - before) / self.history.finite_losses
+
     def on_stage_start(self, stage, epoch=None):
         """Start the clock of an epoch."""
         self.started = time.monotonic()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Stop the clock of a training epoch."""
+        """Stop the clock of a training epoch, and begin a new average of the loss."""
+        self.history.finite_losses = 0
         if stage == sb.Stage.TRAIN:
             self.history.seconds += time.monotonic() - self.started
 
@@ -296,8 +354,14 @@ class UpdateBrain(sb.Brain):
         for train_logger in self.hparams.train_loggers:
             train_logger.log_stats(meta, train, logged)
         record = {**meta, **{f"train_{name}": value for name, value in train.items()}, **scores}
+        record = {
+            name: json_number(value) if isinstance(value, float) else value
+            for name, value in record.items()
+        }
         self.history.validations.append(record)
         if sb.utils.distributed.if_main_process():
-            lines = "".join(json.dumps(line) + "\n" for line in self.history.validations)
+            lines = "".join(
+                json.dumps(line, allow_nan=False) + "\n" for line in self.history.validations
+            )
             write_text(Path(self.hparams.output_folder) / "valid.jsonl", lines)
         return record

@@ -122,8 +122,8 @@ def load_enhancer(folder, trust=False):
     if not cls:
         raise UserError(
             f"{path} names the class {name}, which is not an enhancer known here (known: "
-            f"{', '.join(sorted(REGISTRY))}). Import the module that defines it first, or pass "
-            "trust=True if you trust the file."
+            f"{', '.join(sorted(REGISTRY))}). Import the module that defines it first; or, if "
+            "you trust the file, pass trust=True (--trust on the command line)."
         )
     try:
         rebuild = getattr(cls, "rebuild", None)

@@ -24,6 +24,9 @@ STOI_SECONDS = (29 * 128 + 256) / 10000
 
 #: All of them are better when higher.
 SIGNAL_SCORES = ("pesq", "stoi", "estoi", "si_sdr")
+#: What can choose the best model and the best learning rate on dev speech; these need transcripts.
+TEXT_SCORES = ("wer", "nll")
+DEV_SCORES = (*TEXT_SCORES, "objective", *SIGNAL_SCORES)
 
 
 def pesq_wb(reference, estimate):
