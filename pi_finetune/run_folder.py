@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from pi_finetune import settings
 from pi_finetune.distributed import device_name, on_main
@@ -40,7 +41,7 @@ class Lock:
         What is done under it, for the message to others: ``"training"``, say.
     """
 
-    _held: dict = {}
+    _held: ClassVar[dict] = {}
 
     def __init__(self, path, doing):
         self.path = Path(path).absolute()
