@@ -20,9 +20,11 @@ Everything is in base 2: costs are multiplied by log2(e) / gamma on the way in.
 Threads run over the batch, as many as torch.get_num_threads() says.
 """
 
+import functools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -47,13 +49,16 @@ BIG = 1e30
 NEGLIGIBLE = 2.0**-48
 
 
-def _jit(function):
+def _jit(function, fastmath=("contract",)):
     """Compile without the GIL; keep the machine code on disk where some place is writable."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    options = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         return numba.njit(**options)(function)
+
+
+_jit_sums = functools.partial(_jit, fastmath=("contract", "reassoc"))  # sums in any order
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,7 +136,6 @@ def _(x):
 
 LAST, DIAGONAL, BEST, R_SIZE = 0, 72, 144, 208
 UP, LEFT, CORNER, SOFT, WORK_SIZE = 0, LANES, 2 * LANES, 3 * LANES, 4 * LANES
-TILE = LANES * STEPS
 
 
 @_jit
@@ -142,29 +146,55 @@ def _load_tile(tile, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_un
     """
     tile[:] = BIG
     some = False
+    costs = np.empty(STEPS)
     for k in range(rows):
         i = i0 + k
         first, last = max(lo[i], t0 - k), min(hi[i], t0 - k + STEPS)
-        at, row, a_i = (first + k - t0) * LANES + k, offset + i * stride, np.float64(a[i])
-        for j in range(first, last):
-            tile[at] = max(a_i + b[j] + scale * p[row + j], floor) * per_unit
-            at += LANES
-        some = some or first < last
+        if first >= last:
+            continue
+        some = True
+        at = offset + i * stride
+        product, own, a_i = p[at + first : at + last], b[first:last], np.float64(a[i])
+        for j in range(len(product)):
+            costs[j] = max(a_i + own[j] + scale * product[j], floor) * per_unit
+        lane = tile[first + k - t0 :, k]
+        for j in range(len(product)):
+            lane[j] = costs[j]
     return some
 
 
 @_jit
-def _step(r, work, tile, at):
+def _step(r, work, costs, down, right, diagonal, penalised, hard):
     """R of the next anti-diagonal of a strip; leaves the terms of its softmin in `work`."""
-    for k in range(LANES):
-        up, left, corner = r[LAST + k], r[LAST + k + 1], r[DIAGONAL + k]
-        best = up if up < left else left
-        best = corner if corner < best else best
-        r[BEST + k] = best + tile[at + k]
-        r[DIAGONAL + k] = up
-        work[UP + k] = best - up
-        work[LEFT + k] = best - left
-        work[CORNER + k] = best - corner
+    if penalised:
+        for k in range(LANES):
+            above = r[LAST + k]
+            up, left, corner = above + down, r[LAST + k + 1] + right, r[DIAGONAL + k] + diagonal
+            best = up if up < left else left
+            best = corner if corner < best else best
+            r[BEST + k] = best + costs[k]
+            r[DIAGONAL + k] = above
+            work[UP + k] = best - up
+            work[LEFT + k] = best - left
+            work[CORNER + k] = best - corner
+    else:  # the same for three zeros
+        for k in range(LANES):
+            up, left, corner = r[LAST + k], r[LAST + k + 1], r[DIAGONAL + k]
+            best = up if up < left else left
+            best = corner if corner < best else best
+            r[BEST + k] = best + costs[k]
+            r[DIAGONAL + k] = up
+            work[UP + k] = best - up
+            work[LEFT + k] = best - left
+            work[CORNER + k] = best - corner
+    if hard:  # the whole weight for one of the least: the corner's, else the upper one
+        for k in range(LANES):
+            corner = work[CORNER + k] == 0
+            up = work[UP + k] == 0 and not corner
+            left = work[LEFT + k] == 0 and not corner and not up
+            work[CORNER + k], work[UP + k], work[LEFT + k] = corner, up, left
+            r[LAST + k + 1] = r[BEST + k]
+        return
     for k in range(LANES):
         up, left, corner = _exp2(work[UP + k]), _exp2(work[LEFT + k]), _exp2(work[CORNER + k])
         work[UP + k], work[LEFT + k], work[CORNER + k] = up, left, corner
@@ -174,25 +204,37 @@ def _step(r, work, tile, at):
 
 
 @_jit
-def _enter_strip(r, first):
-    """R left of a strip: infinite, but for the 0 before the first cell of all."""
+def _enter_strip(r, corner):
+    """R left of a strip: infinite, but for the cell diagonally before the strip's first."""
     r[:] = BIG
-    if first:
-        r[DIAGONAL] = 0.0
+    r[DIAGONAL] = corner
+
+
+@_jit
+def _tiles(m):
+    return (m + LANES - 1 + STEPS - 1) // STEPS
 
 
 @_jit
 def _forward(
-    p, offset, stride, n, m, a, b, scale, floor, per_unit, lo, hi, border, state, save
+    p, offset, stride, n, m, a, b, scale, floor, per_unit, lo, hi,
+    steps, hard, open_begin, first, border, state, save,
 ):  # fmt: skip
-    """R of the last cell, in base 2. Fills `border` [strips or 1, m] and, to save, `state`."""
-    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty(TILE)
-    tiles = (m + LANES - 1 + STEPS - 1) // STEPS
+    """R of n rows, in base 2, given R of the row above them in border[0].
+
+    border [strips + 1, m], or [1, m] without `save`, gets R of each strip's last row; to save,
+    `state` gets what enters each tile. `first`: nothing lies above, a path may start here.
+    """
+    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty((STEPS, LANES))
+    down, right, diagonal = steps
+    penalised = down != 0 or right != 0 or diagonal != 0
+    tiles = _tiles(m)
     for s in range((n + LANES - 1) // LANES):
         i0 = s * LANES
         rows = min(LANES, n - i0)
-        above, here = (max(s - 1, 0) * m, s * m) if save else (0, 0)
-        _enter_strip(r, s == 0)
+        above, here = (s * m, (s + 1) * m) if save else (0, 0)
+        start = first and s == 0
+        _enter_strip(r, -diagonal if start else BIG)
         for u in range(tiles):
             t0 = u * STEPS
             if save:
@@ -205,16 +247,37 @@ def _forward(
             )
             if not inside:  # all of it beyond the band: only what lane 0 finds at its corner passes
                 r[:] = BIG
-                if s > 0 and t0 + STEPS - 1 < m:
+                if t0 + STEPS - 1 < m:
                     r[DIAGONAL] = border[above + t0 + STEPS - 1]
-            for t in range(t0, t0 + STEPS):
+            for t in range(t0, min(t0 + STEPS, m + rows - 1)):
                 if inside:
-                    r[LAST] = border[above + t] if s > 0 and t < m else BIG
-                    _step(r, work, tile, (t - t0) * LANES)
+                    r[LAST] = border[above + t] if t < m else BIG
+                    if open_begin and start:
+                        r[DIAGONAL] = -diagonal
+                    _step(r, work, tile[t - t0], down, right, diagonal, penalised, hard)
                 j = t - rows + 1  # the column that the strip's last row has reached
                 if 0 <= j < m:
                     border[here + j] = r[LAST + rows]
-    return border[here + m - 1]
+
+
+@_jit
+def _end(row, hard, open_end, weights):
+    """Loss in base 2, given R of the last row, and each of its cells' part in it."""
+    weights[:] = 0
+    m = len(row)
+    if not open_end:
+        weights[m - 1] = 1
+        return row[m - 1]
+    least = np.argmin(row)
+    if hard:
+        weights[least] = 1
+        return row[least]
+    total = 0.0
+    for j in range(m):
+        total += 2.0 ** (row[least] - row[j])
+    for j in range(m):
+        weights[j] = 2.0 ** (row[least] - row[j]) / total
+    return row[least] - math.log(total) * 1.4426950408889634
 
 
 # In the backward pass `flow` holds what flows into the next cells from the neighbours below, right
@@ -223,44 +286,55 @@ FROM_BELOW, FROM_RIGHT, FROM_CORNER, SOON, FLOW_SIZE = 0, 80, 160, 240, 320
 
 
 @_jit
-def _step_back(flow, weights, e, at, negligible):
+def _save_weights(work, weights):
+    for k in range(LANES):
+        up, left, corner = work[UP + k], work[LEFT + k], work[CORNER + k]
+        share = np.float32(1) / (up + left + corner)
+        weights[UP + k] = up * share
+        weights[LEFT + k] = left * share
+        weights[CORNER + k] = corner * share
+
+
+@_jit
+def _step_back(flow, weights, e, negligible, zero):
     """E of the anti-diagonal before, and what flows on from it."""
     for k in range(LANES):
         value = flow[FROM_BELOW + k + 1] + flow[FROM_RIGHT + k] + flow[FROM_CORNER + k + 1]
-        value = negligible * 0 if value < negligible else value  # NaN stays
-        e[at + k] = value
+        value = zero if value < negligible else value  # NaN stays
+        e[k] = value
         flow[FROM_CORNER + k] = flow[SOON + k]
-        flow[FROM_BELOW + k] = value * weights[3 * at + k]
-        flow[FROM_RIGHT + k] = value * weights[3 * at + LANES + k]
-        flow[SOON + k] = value * weights[3 * at + 2 * LANES + k]
+        flow[FROM_BELOW + k] = value * weights[UP + k]
+        flow[FROM_RIGHT + k] = value * weights[LEFT + k]
+        flow[SOON + k] = value * weights[CORNER + k]
 
 
 @_jit
 def _backward(
-    p, offset, stride, n, m, a, b, scale, floor, per_unit, lo, hi, border, state,
-    weight, negligible, e, e_offset, e_strip, e_row, e_column, row_sums, column_sums, spans,
+    p, offset, stride, n, m, a, b, scale, floor, per_unit, lo, hi,
+    steps, hard, open_begin, first, border, state,
+    weight, negligible, below, e, e_offset, e_strip, e_row, e_column, row_sums, column_sums, spans,
 ):  # fmt: skip
     """Add up weight * E where it is not 0: into e, at the given strides, and its two sums.
 
-    spans [strips, 2] are the columns that each strip's E lies in.
+    `below` [m] is what flows into the last row from what lies below it, and then what flows out
+    of the first row. spans [strips, 2] are the columns that each strip's E lies in.
     """
-    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty(TILE)
-    weights, e_tile = np.empty(3 * TILE, p.dtype), np.empty(TILE, p.dtype)
-    flow, below, next_below = (
-        np.empty(FLOW_SIZE, p.dtype),
-        np.zeros(m, p.dtype),
-        np.zeros(m, p.dtype),
-    )
-    below[m - 1] = 1  # E of the last cell
-    tiles = (m + LANES - 1 + STEPS - 1) // STEPS
+    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty((STEPS, LANES))
+    weights, e_tile = np.empty((STEPS, 3 * LANES), p.dtype), np.empty((STEPS, LANES), p.dtype)
+    flow, next_below = np.empty(FLOW_SIZE, p.dtype), np.zeros(m, p.dtype)
+    down, right, diagonal = steps
+    penalised = down != 0 or right != 0 or diagonal != 0
+    tiles, zero = _tiles(m), negligible - negligible
     for s in range((n + LANES - 1) // LANES - 1, -1, -1):
         i0 = s * LANES
         rows = min(LANES, n - i0)
+        start = first and s == 0
         flow[:] = 0
         next_below[:] = 0
-        first, last = m, 0
+        begin, end = m, 0
         for u in range(tiles - 1, -1, -1):
             t0 = u * STEPS
+            t1 = min(t0 + STEPS, m + rows - 1)
             alive = False
             for value in flow:
                 alive |= value != 0
@@ -274,22 +348,18 @@ def _backward(
             for k in range(LANES):
                 r[LAST + k + 1] = state[at + k]
                 r[DIAGONAL + k] = state[at + LANES + k]
-            for t in range(t0, t0 + STEPS):
-                r[LAST] = border[(s - 1) * m + t] if s > 0 and t < m else BIG
-                at = (t - t0) * LANES
-                _step(r, work, tile, at)
-                for k in range(LANES):
-                    up, left, corner = work[UP + k], work[LEFT + k], work[CORNER + k]
-                    share = 1 / (up + left + corner)
-                    weights[3 * at + k] = up * share
-                    weights[3 * at + LANES + k] = left * share
-                    weights[3 * at + 2 * LANES + k] = corner * share
+            for t in range(t0, t1):
+                r[LAST] = border[s * m + t] if t < m else BIG
+                if open_begin and start:
+                    r[DIAGONAL] = -diagonal
+                _step(r, work, tile[t - t0], down, right, diagonal, penalised, hard)
+                _save_weights(work, weights[t - t0])
             # Backward.
-            for t in range(t0 + STEPS - 1, t0 - 1, -1):
+            for t in range(t1 - 1, t0 - 1, -1):
                 j = t - rows + 1
                 flow[FROM_BELOW + rows] = below[j] if 0 <= j < m else 0
                 flow[FROM_CORNER + rows] = 0
-                _step_back(flow, weights, e_tile, (t - t0) * LANES, negligible)
+                _step_back(flow, weights[t - t0], e_tile[t - t0], negligible, zero)
                 if t < m:
                     next_below[t] += flow[FROM_BELOW]
                     next_below[t - 1 if t > 0 else 0] += flow[SOON] if t > 0 else 0
@@ -297,15 +367,15 @@ def _backward(
                 i = i0 + k
                 j0, j1 = max(lo[i], t0 - k), min(hi[i], t0 - k + STEPS)
                 for j in range(j0, j1):
-                    value = e_tile[(j + k - t0) * LANES + k]
+                    value = e_tile[j + k - t0, k]
                     if value != 0:
                         value *= weight
                         e[e_offset + s * e_strip + k * e_row + j * e_column] = value
                         row_sums[i] += value
                         column_sums[j] += value
-                        first, last = min(first, j), max(last, j + 1)
-        below, next_below = next_below, below
-        spans[s, 0], spans[s, 1] = min(first, last), last
+                        begin, end = min(begin, j), max(end, j + 1)
+        below[:] = next_below
+        spans[s, 0], spans[s, 1] = min(begin, end), end
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,16 +387,26 @@ def _strips(n):
 
 
 def _state_size(N, M):
-    return _strips(N) * (M + -(-(M + LANES - 1) // STEPS) * 2 * LANES)
+    """What a problem saves: `border` and `state` of `_forward`."""
+    return (_strips(N) + 1) * M + _strips(N) * -(-(M + LANES - 1) // STEPS) * 2 * LANES
 
 
-def _band(n, m, bandwidth):
-    """First and last + 1 column of each row's cells; see reference.band_mask."""
-    if bandwidth is None or n == 1:
-        return np.zeros(n, np.int64), np.full(n, m)
-    line, width = 2 * (m - 1) * np.arange(n), (2 * bandwidth + 1) * (max(n, m) - 1)
-    lo, hi = -((width - line) // (2 * (n - 1))), (width + line) // (2 * (n - 1))
-    return np.maximum(lo, 0), np.minimum(hi + 1, m)
+@_jit
+def _band(start, rows, n, m, bandwidth, itakura):
+    """First and last + 1 column of the cells in each of some rows; see reference.band_mask."""
+    lo, hi = np.zeros(rows, np.int64), np.full(rows, m)
+    if n > 1 and (bandwidth >= 0 or itakura >= 0):
+        longest, end = max(n, m) - 1, (n - 1) * (m - 1)
+        width = (2 * max(bandwidth, 0) + 1) * longest
+        for k in range(rows):
+            u = (start + k) * (m - 1)
+            first, last = -((width - 2 * u) // (2 * (n - 1))), (width + 2 * u) // (2 * (n - 1))
+            if itakura >= 0:
+                low = max(-(-1000 * u // itakura), -((itakura * (end - u) - 1000 * end) // 1000))
+                high = min(itakura * u // 1000, end + (-1000 * (end - u)) // itakura)
+                first, last = min(first, -(-low // (n - 1))), max(last, high // (n - 1))
+            lo[k], hi[k] = max(first, 0), min(last + 1, m)
+    return lo, hi
 
 
 _pool = threads_of_pool = None
@@ -338,6 +418,7 @@ def _for_each(items, function):
     Python threads, which the kernels and PyTorch's operators free of the GIL. Whole items run in
     parallel, each operator on one thread (more where there are fewer items than threads): nothing
     waits at the barriers of a parallel matrix product, which on a busy machine is most of the time.
+    The calling thread works too, so a helper that gets no processor costs nothing.
     """
     global _pool, threads_of_pool
     threads = torch.get_num_threads()
@@ -346,55 +427,85 @@ def _for_each(items, function):
     if threads_of_pool != (os.getpid(), threads):  # a forked process has none of the threads
         _pool = ThreadPoolExecutor(threads, "soft_dtw")
         threads_of_pool = os.getpid(), threads
+    results, waiting = [None] * items, iter(range(items))  # next() is atomic
 
-    def run(b):
+    def work():
         torch.set_num_threads(max(1, threads // items))
         with torch.no_grad():  # a setting of each thread
-            return function(b)
+            for b in waiting:
+                results[b] = function(b)
 
+    helpers = [_pool.submit(work) for _ in range(min(threads, items) - 1)]
     try:
-        return list(_pool.map(run, range(items)))
+        work()
     finally:
         torch.set_num_threads(threads)  # also the default of threads to come
+        for helper in helpers:
+            # One that has not started finds nothing left to do.
+            if not helper.cancel():
+                helper.result()
+    return results
 
 
 class _Problem:
-    """One pair of sequences in the form that the kernels take.
+    """A pair of sequences, or some of its rows, in the form that the kernels take.
 
-    p: flat tensor whose entries offset + i * stride + j make the matrix; a, b, scale, floor: the
-    cost is max(a[i] + b[j] + scale * p[i, j], floor); state: flat float64, None to save nothing.
+    p: flat array whose entries offset + i * stride + j make the matrix of n rows from `start` of
+    the pair's `total`, and m columns; a, b, scale, floor: the cost is
+    max(a[i] + b[j] + scale * p[i, j], floor); state: flat float64, None to save nothing; top: R of
+    the row above, None at the start.
     """
 
-    def __init__(self, p, offset, stride, n, m, a, b, scale, floor, state, gamma, bandwidth):
-        self.n, self.m, self.unit, self.save = n, m, gamma * math.log(2), state is not None
+    def __init__(
+        self, p, offset, stride, n, m, a, b, scale, floor, state, recursion, start, total, top=None
+    ):
+        self.n, self.m, self.recursion = n, m, recursion
+        self.hard, self.save = recursion.gamma == 0, state is not None
+        self.unit = 1.0 if self.hard else recursion.gamma * math.log(2)
+        rows = _strips(n) + 1 if self.save else 1
         if state is None:
-            state = torch.empty(m, dtype=STATE_DTYPE)
-        border = _strips(n) * m if self.save else m
-        state = state.numpy()
+            state = np.empty(m)
+        self.border = state[: rows * m]
+        self.border[:m] = BIG if top is None else top
+        steps = (
+            recursion.down / self.unit, recursion.right / self.unit,
+            recursion.diagonal / self.unit,
+        )  # fmt: skip
+        band = (-1 if k is None else k for k in (recursion.bandwidth, recursion.itakura))
         self.arguments = (
-            p.numpy(), offset, stride, n, m, a, b, scale, floor, 1 / self.unit,
-            *_band(n, m, bandwidth), state[:border], state[border:],
+            p, offset, stride, n, m, a, b, scale, floor, 1 / self.unit,
+            *_band(start, n, total, m, *band), steps, self.hard, recursion.open_begin,
+            top is None, self.border, state[rows * m :],
         )  # fmt: skip
 
     def forward(self):
-        return _forward(*self.arguments, self.save) * self.unit
+        """R [m] of the last row, in the kernels' units."""
+        _forward(*self.arguments, self.save)
+        return self.last_row()
 
-    def backward(self, weight, e, e_offset, e_strip, e_row, e_column):
-        """Write weight * E into the flat array e; returns row and column sums and spans."""
-        sums = np.zeros(self.n, e.dtype), np.zeros(self.m, e.dtype)
+    def last_row(self):
+        return self.border[-self.m :]
+
+    def end(self, row):
+        """Loss, and E that enters the last row, given its R."""
+        weights = np.empty(self.m, self.arguments[0].dtype)
+        return _end(row, self.hard, self.recursion.open_end, weights) * self.unit, weights
+
+    def backward(self, weight, below, e, e_offset, e_strip, e_row, e_column, *sums):
+        """Write weight * E into the flat array e, add to its row and column sums; the spans."""
         spans = np.empty((_strips(self.n), 2), np.int64)
         negligible = e.dtype.type(NEGLIGIBLE if e.dtype == np.float32 else 0)
         _backward(
-            *self.arguments, e.dtype.type(weight), negligible,
+            *self.arguments, e.dtype.type(weight), negligible, below,
             e, e_offset, e_strip, e_row, e_column, *sums, spans,
         )  # fmt: skip
-        return *sums, spans
+        return spans
 
-    def backward_in_strips(self, weight):
+    def backward_in_strips(self, weight, below, *sums):
         """E as [strips, m, LANES], mostly untouched zeros, so that a strip's span is one block."""
         dtype = self.arguments[0].dtype
         e = np.zeros(_strips(self.n) * self.m * LANES, dtype)  # calloc: no page until written
-        return e, *self.backward(weight, e, 0, self.m * LANES, 1, LANES)
+        return e, self.backward(weight, below, e, 0, self.m * LANES, 1, LANES, *sums)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,171 +516,300 @@ def cost_saved_sizes(B, N, M, grad):
     return B * _state_size(N, M) if grad else 0
 
 
-def _cost_problems(d, n, m, state, gamma, bandwidth):
+def _cost_problem(b, d, n, m, state, recursion):
     _, N, M = d.shape
-    zeros = np.zeros(max(N, M), d.numpy().dtype)
-    each = _state_size(N, M)
-    problems = []
-    for b, (n_b, m_b) in enumerate(zip(n.tolist(), m.tolist())):
-        part = state[b * each : (b + 1) * each] if len(state) else None
-        p = _Problem(
-            d.view(-1), b * N * M, M, n_b, m_b, zeros, zeros, 1.0, -math.inf,
-            part, gamma, bandwidth,
-        )  # fmt: skip
-        problems.append(p)
-    return problems
+    each, zeros = _state_size(N, M), np.zeros(max(N, M), d.dtype)
+    state = state[b * each : (b + 1) * each] if len(state) else None
+    return _Problem(
+        d.reshape(-1), b * N * M, M, n[b], m[b], zeros, zeros, 1.0, -math.inf,
+        state, recursion, 0, n[b],
+    )  # fmt: skip
 
 
-def cost_forward(d, n, m, gamma, bandwidth, grad):
+def cost_forward(d, n, m, recursion, grad):
     state = torch.empty(cost_saved_sizes(*d.shape, grad), dtype=STATE_DTYPE)
-    problems = _cost_problems(d, n, m, state, gamma, bandwidth)
-    return torch.tensor(
-        _for_each(len(problems), lambda b: problems[b].forward()), dtype=d.dtype
-    ), state
+    arguments = d.numpy(), n.tolist(), m.tolist(), state.numpy(), recursion
+
+    def run(b):
+        problem = _cost_problem(b, *arguments)
+        return problem.end(problem.forward())[0]
+
+    return torch.tensor(_for_each(len(d), run), dtype=d.dtype), state
 
 
-def cost_backward(grad, d, n, m, state, gamma, bandwidth):
+def cost_backward(grad, d, n, m, state, recursion):
     _, N, M = d.shape
-    problems = _cost_problems(d, n, m, state, gamma, bandwidth)
+    arguments = d.numpy(), n.tolist(), m.tolist(), state.numpy(), recursion
     e = np.zeros(d.numel(), d.numpy().dtype)
     weights = grad.tolist()
 
     def run(b):
-        problems[b].backward(weights[b], e, b * N * M, LANES * M, M, 1)
+        problem = _cost_problem(b, *arguments)
+        _, below = problem.end(problem.last_row())
+        sums = np.zeros(problem.n, e.dtype), np.zeros(problem.m, e.dtype)
+        problem.backward(weights[b], below, e, b * N * M, LANES * M, M, 1, *sums)
 
-    _for_each(len(problems), run)
+    _for_each(len(d), run)
     return torch.from_numpy(e).view(d.shape)
 
 
 # --------------------------------------------------------------------------------------------------
 # From features. Per item: its valid frames alone, centred (or scaled to unit length), then one
 # matrix product per problem, into the buffer from which the kernels take their costs.
+#
+# Checkpointed, neither that product nor what the kernels save is kept: only R of one row in
+# `_chunk(n)`. The backward pass computes the product anew from each such row to the next.
+
+CHECKPOINTS = True
 
 _SCALE_FLOOR = {"sqeuclidean": (-2.0, 0.0), "cosine": (-1.0, -math.inf), "l1": (1.0, -math.inf)}
+
+
+@_jit
+def _add_rows(total, z):
+    """total += the sum of z's rows."""
+    for i in range(z.shape[0]):
+        for k in range(z.shape[1]):
+            total[k] += z[i, k]
+
+
+@_jit_sums
+def _centred(z, mean, out, squares):
+    """out = z - mean, squares = the sum of its squares, row by row."""
+    for i in range(z.shape[0]):
+        total = squares[i] * 0
+        for k in range(z.shape[1]):
+            value = z[i, k] - mean[k]
+            out[i, k] = value
+            total += value * value
+        squares[i] = total
+
+
+@_jit
+def _scaled_rows(out, u, sums, add):
+    """out = 2 * sums * u, row by row, and 0 below u's rows; or added to it."""
+    for i in range(u.shape[0]):
+        scale = 2 * sums[i]
+        if add:
+            for k in range(u.shape[1]):
+                out[i, k] += scale * u[i, k]
+        else:
+            for k in range(u.shape[1]):
+                out[i, k] = scale * u[i, k]
+    if not add:
+        out[u.shape[0] :] = 0
 
 
 def _prepare(x, y, cost):
     """The two factors of the product, each with the part of the cost that is its own."""
     if cost == "sqeuclidean":
-        mean = (x.sum(0) + y.sum(0)) / (len(x) + len(y))
-        x, y = x - mean, y - mean
-        return (x, (x * x).sum(1)), (y, (y * y).sum(1))
+        mean, sides = np.zeros(x.shape[1], x.numpy().dtype), []
+        for z in (x, y):
+            _add_rows(mean, z.numpy())
+        mean /= len(x) + len(y)
+        for z in (x, y):
+            centred, squares = torch.empty_like(z), np.zeros(len(z), mean.dtype)
+            _centred(z.numpy(), mean, centred.numpy(), squares)
+            sides.append((centred, squares))
+        return sides
     if cost == "cosine":
-        return tuple((unit(z), z.new_full((len(z),), 0.5)) for z in (x, y))
-    return tuple((z.contiguous(), z.new_zeros(len(z))) for z in (x, y))
+        return tuple((unit(z), z.new_full((len(z),), 0.5).numpy()) for z in (x, y))
+    return tuple((z, z.new_zeros(len(z)).numpy()) for z in (x, y))
 
 
-def _layout(B, N, M, divergence, x_grad, y_grad):
-    """Per item's problem: (its two sequences, their padded lengths, saved?), and where it is saved.
+def _product(u, v, cost, out):
+    if cost == "l1":
+        out.copy_(torch.cdist(u, v, p=1.0))
+    else:
+        torch.mm(u, v.t(), out=out)
 
-    Then the sizes of the two buffers.
-    """
-    kinds = [(0, 1, N, M, x_grad or y_grad)]
+
+def _chunk(n):
+    """Rows between checkpoints: as much is then kept for each as a chunk's product takes."""
+    return LANES * max(1, round(math.sqrt(2 * n) / LANES))
+
+
+class _Kind(NamedTuple):
+    """One of an item's problems, and where in the two buffers those of all items are saved."""
+
+    row: int  # 0: x, 1: y
+    column: int
+    sign: float  # of its loss in the divergence
+    saved: bool
+    size: int
+    state_size: int
+    at: int
+    state_at: int
+
+
+def _layout(B, N, M, divergence, checkpointed, x_grad, y_grad):
+    """The problems of an item, and the sizes of the two buffers."""
+    kinds = [(0, 1, 1.0, N, M, x_grad or y_grad)]
     if divergence:
-        kinds += [(0, 0, N, N, x_grad), (1, 1, M, M, y_grad)]
+        kinds += [(0, 0, -0.5, N, N, x_grad), (1, 1, -0.5, M, M, y_grad)]
     layout, at, state_at = [], 0, 0
-    for row, column, P, Q, saved in kinds:
-        layout.append((row, column, P, Q, saved, at, state_at))
-        if saved:
-            at, state_at = at + B * P * Q, state_at + B * _state_size(P, Q)
+    for row, column, sign, P, Q, saved in kinds:
+        size, state_size = 0, 0
+        if saved and checkpointed:
+            state_size = -(-P // _chunk(P)) * Q
+        elif saved:
+            size, state_size = P * Q, _state_size(P, Q)
+        layout.append(_Kind(row, column, sign, saved, size, state_size, at, state_at))
+        at, state_at = at + B * size, state_at + B * state_size
     return layout, (at, state_at)
 
 
-def saved_sizes(B, N, M, divergence, x_grad, y_grad):
-    return _layout(B, N, M, divergence, x_grad, y_grad)[1]
+def saved_sizes(B, N, M, divergence, checkpointed, x_grad, y_grad):
+    return _layout(B, N, M, divergence, checkpointed, x_grad, y_grad)[1]
 
 
-def _problem(b, kind, sides, products, state, cost, gamma, bandwidth, fill):
-    row, column, P, Q, saved, at, state_at = kind
-    (u, a), (v, c) = sides[row], sides[column]
-    if saved:
-        p, offset, stride = products, at + b * P * Q, Q
-        state_at += b * _state_size(P, Q)
-        state = state[state_at : state_at + _state_size(P, Q)]
+class _Pair:
+    """One of an item's problems, by chunks of rows: all of them at once unless checkpointed."""
+
+    def __init__(self, b, kind, sides, padded, products, state, cost, recursion, checkpointed):
+        (self.u, a), (self.v, c) = sides[kind.row], sides[kind.column]
+        self.n, self.m, self.cost, self.kept = len(self.u), len(self.v), cost, not checkpointed
+        self.common = a, c, recursion
+        state_at = kind.state_at + b * kind.state_size
+        self.state = state[state_at : state_at + kind.state_size] if kind.saved else None
         # A state is laid out for the item's own lengths, which need no more than the padded ones.
-    else:
-        p, offset, stride, state = u.new_empty(len(u) * len(v)), 0, len(v), None
-    if fill:
-        out = p.as_strided((len(u), len(v)), (stride, 1), offset)
-        if cost == "l1":
-            out.copy_(torch.cdist(u, v, p=1.0))
+        self.rows = _chunk(padded[kind.row]) if checkpointed else self.n
+        if kind.size:
+            self.product, self.offset, self.stride = (
+                products, kind.at + b * kind.size, padded[kind.column],
+            )  # fmt: skip
         else:
-            torch.mm(u, v.t(), out=out)
-    return _Problem(
-        p, offset, stride, len(u), len(v), a.numpy(), c.numpy(), *_SCALE_FLOOR[cost],
-        state, gamma, bandwidth,
-    )  # fmt: skip
+            self.product = self.u.new_empty(min(self.rows, self.n) * self.m)
+            self.offset, self.stride = 0, self.m
+
+    def _problem(self, start, fill, state, top):
+        rows = min(self.rows, self.n - start)
+        a, c, recursion = self.common
+        if fill:
+            out = self.product.as_strided((rows, self.m), (self.stride, 1), self.offset)
+            _product(self.u[start : start + rows], self.v, self.cost, out)
+        return _Problem(
+            self.product.numpy(), self.offset, self.stride, rows, self.m,
+            a[start : start + rows], c, *_SCALE_FLOOR[self.cost],
+            state, recursion, start, self.n, top,
+        )  # fmt: skip
+
+    def forward(self):
+        """Loss."""
+        row = None
+        for index, start in enumerate(range(0, self.n, self.rows)):
+            problem = self._problem(start, True, self.state if self.kept else None, row)
+            row = problem.forward()
+            if self.state is not None and not self.kept:
+                self.state[index * self.m : (index + 1) * self.m] = row
+        return problem.end(row)[0]
+
+    def backward(self, weight, row_sums, column_sums):
+        """The strips of weight * E, whose sums are added to those given.
+
+        Of each: its first row, E transposed [columns, rows], the first of these columns.
+        """
+        starts, below = range(0, self.n, self.rows), None
+        for index in reversed(range(len(starts))):
+            start, top = starts[index], None
+            if self.kept:
+                problem = self._problem(start, False, self.state, None)
+                row = problem.last_row()
+            else:
+                rows = min(self.rows, self.n - start)
+                if index:
+                    top = self.state[(index - 1) * self.m : index * self.m]
+                problem = self._problem(start, True, np.empty(_state_size(rows, self.m)), top)
+                row = problem.forward()
+            if below is None:
+                below = problem.end(row)[1]
+            e, spans = problem.backward_in_strips(
+                weight, below, row_sums[start : start + problem.n], column_sums
+            )
+            e = torch.from_numpy(e).view(len(spans), self.m, LANES)
+            for s, (first, last) in enumerate(spans.tolist()):
+                if first < last:
+                    at = start + s * LANES
+                    yield at, e[s, first:last, : min(LANES, self.n - at)], first
 
 
-def features_forward(x, y, n, m, gamma, bandwidth, cost, divergence, x_grad, y_grad):
-    layout, sizes = _layout(len(x), x.shape[1], y.shape[1], divergence, x_grad, y_grad)
+def features_forward(x, y, n, m, recursion, cost, divergence, checkpointed, x_grad, y_grad):
+    padded = x.shape[1], y.shape[1]
+    layout, sizes = _layout(len(x), *padded, divergence, checkpointed, x_grad, y_grad)
     products, state = x.new_empty(sizes[0]), torch.empty(sizes[1], dtype=STATE_DTYPE)
-    n, m = n.tolist(), m.tolist()
+    x, y, n, m, flat_state = x.contiguous(), y.contiguous(), n.tolist(), m.tolist(), state.numpy()
 
     def run(b):
         sides, loss = _prepare(x[b, : n[b]], y[b, : m[b]], cost), 0.0
         for kind in layout:
-            problem = _problem(b, kind, sides, products, state, cost, gamma, bandwidth, fill=True)
-            loss += problem.forward() * (1.0 if kind is layout[0] else -0.5)
+            pair = _Pair(
+                b, kind, sides, padded, products, flat_state, cost, recursion, checkpointed
+            )
+            loss += kind.sign * pair.forward()
         return loss
 
     return torch.tensor(_for_each(len(x), run), dtype=x.dtype), products, state
 
 
 def features_backward(
-    grad, x, y, n, m, products, state, gamma, bandwidth, cost, divergence, x_grad, y_grad
+    grad, x, y, n, m, products, state, recursion, cost, divergence, checkpointed, x_grad, y_grad
 ):
-    layout, _ = _layout(len(x), x.shape[1], y.shape[1], divergence, x_grad, y_grad)
-    grads = [torch.empty_like(z) if k else z.new_empty(0) for z, k in ((x, x_grad), (y, y_grad))]
-    weights, lengths = grad.tolist(), (n.tolist(), m.tolist())
+    padded = x.shape[1], y.shape[1]
+    layout, _ = _layout(len(x), *padded, divergence, checkpointed, x_grad, y_grad)
+    grads = [
+        torch.empty_like(z, memory_format=torch.contiguous_format) if k else z.new_empty(0)
+        for z, k in ((x, x_grad), (y, y_grad))
+    ]
+    x, y, state, weights = x.contiguous(), y.contiguous(), state.numpy(), grad.tolist()
+    lengths = n.tolist(), m.tolist()
 
     def run(b):
         valid = [z[b, : length[b]] for z, length in zip((x, y), lengths)]
-        sides, flows = _prepare(*valid, cost), []
-        for kind in layout:
-            if kind[4]:
-                problem = _problem(
-                    b, kind, sides, products, state, cost, gamma, bandwidth, fill=False
-                )
-                # Of a sequence with itself E is symmetric: twice the rows' side does for both.
-                weight = weights[b] * (1 if kind is layout[0] else -1)
-                flows.append((kind, problem.backward_in_strips(weight)))
-        for side, out in enumerate(grads):
-            if len(out):
-                length = lengths[side][b]
-                out[b, length:] = 0
-                _gradient(out[b, :length], side, flows, sides, valid[side], cost)
+        sides = _prepare(*valid, cost)
+        outs = [out[b] if len(out) else None for out in grads]
+        pairs = [
+            (kind, _Pair(b, kind, sides, padded, products, state, cost, recursion, checkpointed))
+            for kind in layout
+            if kind.saved
+        ]
+        _gradients(outs, pairs, weights[b], sides, valid, cost, checkpointed)
 
     _for_each(len(x), run)
     return tuple(grads)
 
 
-def _gradient(out, side, problems, sides, z, cost):
-    """Gradient for z, one side of an item's problems, into out: both [length, D]."""
-    u = sides[side][0]
-    sums = sum(
-        torch.from_numpy(result[1 + (kind[0] != side)])
-        for kind, result in problems
-        if side in kind[:2]
-    )
-    if cost == "sqeuclidean":
-        torch.mul(u, 2 * sums[:, None], out=out)
-    else:
-        out.zero_()
-    for (row, column, *_), (e, _, _, spans) in problems:
-        if side not in (row, column):
-            continue
-        v = sides[column if row == side else row][0]
-        e = torch.from_numpy(e).view(len(spans), -1, LANES)
-        for s, (first, last) in enumerate(spans.tolist()):
-            rows = slice(s * LANES, min((s + 1) * LANES, len(u if row == side else v)))
-            block = e[s, first:last, : rows.stop - rows.start]  # E transposed
-            if row == side:
-                _add_product(out[rows], block.t(), u[rows], v[first:last], cost)
-            else:
-                _add_product(out[first:last], block, u[first:last], v[rows], cost)
-    if cost == "cosine":
-        out.copy_(unit_backward(out, z))
+def _gradients(outs, pairs, weight, sides, valid, cost, checkpointed):
+    """Gradients [L, D] for an item's two sequences, into those of `outs` that are not None."""
+    dtype = valid[0].numpy().dtype
+    sums, flows = [np.zeros(len(z), dtype) for z in valid], []
+    for kind, pair in pairs:
+        # Of a sequence with itself E is symmetric: twice the rows' side does for both.
+        own = kind.row == kind.column
+        into = sums[kind.row], np.zeros(pair.m, dtype) if own else sums[kind.column]
+        flows.append((kind, pair, pair.backward(-weight if own else weight, *into)))
+    # The squares' part of the gradient goes in first, in one pass, where the sums that it takes
+    # can be had first.
+    first = cost == "sqeuclidean" and not checkpointed
+    if first:
+        flows = [(kind, pair, list(strips)) for kind, pair, strips in flows]
+    for out, (side, _), side_sums in zip(outs, sides, sums):
+        if out is not None and first:
+            _scaled_rows(out.numpy(), side.numpy(), side_sums, False)
+        elif out is not None:
+            out.zero_()
+    for kind, pair, strips in flows:
+        rows, columns = outs[kind.row], outs[kind.column] if kind.row != kind.column else None
+        for at, e, start in strips:
+            i, j = slice(at, at + e.shape[1]), slice(start, start + e.shape[0])
+            if rows is not None:
+                _add_product(rows[i], e.t(), pair.u[i], pair.v[j], cost)
+            if columns is not None:
+                _add_product(columns[j], e, pair.v[j], pair.u[i], cost)
+    for out, (side, _), side_sums, z in zip(outs, sides, sums, valid):
+        if out is not None and cost == "sqeuclidean" and not first:
+            _scaled_rows(out.numpy(), side.numpy(), side_sums, True)
+        elif out is not None and cost == "cosine":
+            out[: len(z)] = unit_backward(out[: len(z)], z)
 
 
 def _add_product(out, e, u, v, cost):

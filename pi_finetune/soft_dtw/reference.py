@@ -10,23 +10,33 @@ import torch.nn.functional as F
 from .cost import unit, unit_backward, zero_padding
 
 STATE_DTYPE = None  # the inputs'
+CHECKPOINTS = False
 
 
-def band_mask(n, m, bandwidth, N, M):
+def band_mask(n, m, recursion, N, M):
     """Valid cells [B, N, M] of matrices padded to N x M: inside the lengths and the band.
 
-    The band is Sakoe and Chiba's around the straight line from corner to corner, so it follows
-    the slope when n != m. A cell (i, j) is inside if its distance to that line, in frames of the
+    Bands follow the straight line from corner to corner, so they keep its slope when n != m. In
+    Sakoe and Chiba's a cell (i, j) is inside if its distance to that line, in frames of the
     shorter sequence, is at most `bandwidth` plus the half frame that keeps the line connected.
+    Itakura's parallelogram holds the cells that the lines from both corners with `itakura` times
+    and 1 / `itakura` times that slope enclose, and the line itself (a band of width 0).
     In integers, hence the same on every device, and symmetric in x and y.
     """
     i = torch.arange(N, device=n.device)[None, :, None]
     j = torch.arange(M, device=n.device)[None, None, :]
     n, m = n.long()[:, None, None], m.long()[:, None, None]
     mask = (i < n) & (j < m)
-    if bandwidth is not None:
-        longest = torch.maximum(n, m) - 1
-        mask &= 2 * (i * (m - 1) - j * (n - 1)).abs() <= (2 * bandwidth + 1) * longest
+    longest = torch.maximum(n, m) - 1
+    if recursion.bandwidth is not None:
+        width = (2 * recursion.bandwidth + 1) * longest
+        mask &= 2 * (i * (m - 1) - j * (n - 1)).abs() <= width
+    if recursion.itakura is not None:
+        slope, end = recursion.itakura, (n - 1) * (m - 1)
+        u, v = i * (m - 1), j * (n - 1)
+        inside = (1000 * v <= slope * u) & (1000 * u <= slope * v)
+        inside &= (1000 * (end - v) <= slope * (end - u)) & (1000 * (end - u) <= slope * (end - v))
+        mask &= inside | (2 * (u - v).abs() <= longest)
     return mask
 
 
@@ -73,24 +83,53 @@ def unskew(s, M):
     return F.pad(s.permute(1, 2, 0).flatten(1), (0, N)).view(B, N, T + 1)[..., :M].contiguous()
 
 
-def forward(cost, n, m, gamma, bandwidth=None):
-    """Loss [B] and R [B, N, M], r[i, j] = d[i, j] + softmin(r[i-1, j-1], r[i-1, j], r[i, j-1])."""
+def softmin(a, gamma, dim):
+    """-gamma log sum exp(-a / gamma) over one axis; the minimum where gamma is 0."""
+    return -gamma * torch.logsumexp(-a / gamma, dim) if gamma else a.amin(dim)
+
+
+def softmin_weights(a, gamma):
+    """Gradient of softmin over the first axis, 0 where all is infinite.
+
+    A minimum that several share belongs to the first of them: a subgradient.
+    """
+    if gamma:
+        return torch.softmax(-a / gamma, 0).nan_to_num(0.0)
+    first = torch.zeros_like(a)
+    taken = ~torch.isfinite(a.amin(0))
+    for weight, is_least in zip(first, a == a.amin(0)):
+        weight[is_least & ~taken] = 1
+        taken = taken | is_least
+    return first
+
+
+def forward(cost, n, m, recursion):
+    """Loss [B] and R [B, N, M] of cost matrices [B, N, M].
+
+    r[i, j] = d[i, j] + softmin(r[i-1, j-1] + diagonal, r[i-1, j] + down, r[i, j-1] + right)
+    """
     B, N, M = cost.shape
-    inf = float("inf")
-    d = skew(cost.masked_fill(~band_mask(n, m, bandwidth, N, M), inf), inf)
+    inf, steps = float("inf"), recursion
+    d = skew(cost.masked_fill(~band_mask(n, m, recursion, N, M), inf), inf)
     r = torch.full_like(d, inf)
     one = two = d.new_full((B, N), inf)  # the last diagonal and the one before
     for t in range(N + M - 1):
-        diagonal = F.pad(two[:, :-1], (1, 0), value=0.0 if t == 0 else inf)
-        up = F.pad(one[:, :-1], (1, 0), value=inf)
-        softmin = -gamma * torch.logsumexp(-torch.stack([diagonal, up, one]) / gamma, 0)
-        two, one = one, d[t] + softmin
+        start = 0.0 if t == 0 or steps.open_begin else inf  # a start is no step
+        diagonal = F.pad(two[:, :-1] + steps.diagonal, (1, 0), value=start)
+        up = F.pad(one[:, :-1] + steps.down, (1, 0), value=inf)
+        two, one = (
+            one,
+            d[t] + softmin(torch.stack([diagonal, up, one + steps.right]), steps.gamma, 0),
+        )
         r[t] = one
     r = unskew(r, M)
-    return r[torch.arange(B, device=r.device), n.long() - 1, m.long() - 1], r
+    ends = r[torch.arange(B, device=r.device), n.long() - 1]
+    if steps.open_end:
+        return softmin(ends, steps.gamma, 1), r
+    return ends.gather(1, m.long()[:, None] - 1)[:, 0], r
 
 
-def backward(r, n, m, gamma):
+def backward(r, n, m, recursion):
     """Expected alignment E [B, N, M]: the gradient of each loss for its own cost matrix.
 
     A cell hands its E to its three predecessors in proportion to softmin's weights, the softmax
@@ -99,12 +138,16 @@ def backward(r, n, m, gamma):
     outside the band and the lengths, so nothing flows there.
     """
     B, N, M = r.shape
-    above = F.pad(r, (1, 0, 1, 0), value=float("inf"))
-    above[:, 0, 0] = 0
-    predecessors = torch.stack([above[:, :-1, :-1], above[:, :-1, 1:], above[:, 1:, :-1]])
-    weights = [skew(w, 0.0) for w in torch.softmax(-predecessors / gamma, 0).nan_to_num(0.0)]
-    end = torch.zeros_like(r)
-    end[torch.arange(B, device=r.device), n.long() - 1, m.long() - 1] = 1
+    above, steps = F.pad(r, (1, 0, 1, 0), value=float("inf")), recursion
+    diagonal = above[:, :-1, :-1] + steps.diagonal
+    diagonal[:, 0, : M if steps.open_begin else 1] = 0
+    predecessors = [diagonal, above[:, :-1, 1:] + steps.down, above[:, 1:, :-1] + steps.right]
+    weights = [skew(w, 0.0) for w in softmin_weights(torch.stack(predecessors), steps.gamma)]
+    end, items = torch.zeros_like(r), torch.arange(B, device=r.device)
+    if steps.open_end:
+        end[items, n.long() - 1] = softmin_weights(r[items, n.long() - 1].T, steps.gamma).T
+    else:
+        end[items, n.long() - 1, m.long() - 1] = 1
     e = skew(end, 0.0)
     for t in range(N + M - 2, 0, -1):  # a cell on diagonal t gives to t - 1 and t - 2
         diagonal, up, left = (w[t] * e[t] for w in weights)
@@ -124,19 +167,19 @@ def _problems(x, y, n, m, divergence):
     return problems
 
 
-def saved_sizes(B, N, M, divergence, x_grad, y_grad):
+def saved_sizes(B, N, M, divergence, checkpointed, x_grad, y_grad):
     """Elements of the two buffers that `features_forward` saves."""
     if not (x_grad or y_grad):
         return 0, 0
     return B * (N * M + (N * N + M * M if divergence else 0)), 0
 
 
-def features_forward(x, y, n, m, gamma, bandwidth, cost, divergence, x_grad, y_grad):
+def features_forward(x, y, n, m, recursion, cost, divergence, checkpointed, x_grad, y_grad):
     """Loss [B] of features x [B, N, D] and y [B, M, D], and what the backward pass needs."""
     x, y = zero_padding(x, n), zero_padding(y, m)
     loss, saved = x.new_zeros(len(x)), []
     for a, b, p, q, weight in _problems(x, y, n, m, divergence):
-        value, r = forward(pairwise_cost(a, b, cost), p, q, gamma, bandwidth)
+        value, r = forward(pairwise_cost(a, b, cost), p, q, recursion)
         loss = loss + weight * value
         saved.append(r.flatten())
     keep = x_grad or y_grad
@@ -144,7 +187,7 @@ def features_forward(x, y, n, m, gamma, bandwidth, cost, divergence, x_grad, y_g
 
 
 def features_backward(
-    grad, x, y, n, m, saved, _, gamma, bandwidth, cost, divergence, x_grad, y_grad
+    grad, x, y, n, m, saved, _, recursion, cost, divergence, checkpointed, x_grad, y_grad
 ):
     """Gradients of sum(grad * loss) for x and y (an empty tensor where not asked for)."""
     x, y = zero_padding(x, n), zero_padding(y, m)
@@ -153,7 +196,7 @@ def features_backward(
     for (a, b, p, q, weight), (ga, gb) in zip(_problems(x, y, n, m, divergence), targets):
         r = saved[start : start + len(x) * a.shape[1] * b.shape[1]]
         start += r.numel()
-        e = backward(r.view(len(x), a.shape[1], b.shape[1]), p, q, gamma)
+        e = backward(r.view(len(x), a.shape[1], b.shape[1]), p, q, recursion)
         da, db = pairwise_cost_backward(e * (weight * grad[:, None, None]), a, b, cost)
         ga += da
         gb += db
@@ -165,12 +208,12 @@ def cost_saved_sizes(B, N, M, grad):
     return B * N * M if grad else 0
 
 
-def cost_forward(d, n, m, gamma, bandwidth, grad):
+def cost_forward(d, n, m, recursion, grad):
     """Loss [B] of cost matrices d [B, N, M], and what the backward pass needs."""
-    loss, r = forward(d, n, m, gamma, bandwidth)
+    loss, r = forward(d, n, m, recursion)
     return loss, r.flatten() if grad else d.new_empty(0)
 
 
-def cost_backward(grad, d, n, m, saved, gamma, bandwidth):
+def cost_backward(grad, d, n, m, saved, recursion):
     """Gradient of sum(grad * loss) for d; with grad = 1, the expected alignment."""
-    return backward(saved.view(d.shape), n, m, gamma) * grad[:, None, None]
+    return backward(saved.view(d.shape), n, m, recursion) * grad[:, None, None]

@@ -59,14 +59,31 @@ def _pair(n_ptr, m_ptr, B, N, M, SECOND: tl.constexpr):
 
 
 @triton.jit
-def _band(i, n, m, bandwidth):
-    """First and last + 1 column of rows i; see reference.band_mask. No band: bandwidth < 0."""
+def _up(a, b):
+    """a / b rounded up, for b > 0; 0 for a < 0."""
+    return (tl.maximum(a, 0) + b - 1) // b
+
+
+@triton.jit
+def _band(i, n, m, band, ITAKURA: tl.constexpr):
+    """First and last + 1 column of rows i; see reference.band_mask. No band: band < 0."""
     line = 2 * i.to(tl.int64) * (m - 1)
-    width = (2 * bandwidth.to(tl.int64) + 1) * (tl.maximum(n, m) - 1)
+    longest = tl.maximum(n, m) - 1
     scale = tl.maximum(2 * (n - 1), 1)
-    lo = (tl.maximum(line - width, 0) + scale - 1) // scale
-    hi = tl.minimum((line + width) // scale + 1, m)
-    lo, hi = tl.where(bandwidth < 0, 0, lo), tl.where(bandwidth < 0, m, hi)
+    if ITAKURA:
+        slope, end = band.to(tl.int64), (n - 1).to(tl.int64) * (m - 1)
+        lo, hi = _up(line - longest, scale), (line + longest) // scale
+        u = i.to(tl.int64) * (m - 1)
+        rest, width = tl.maximum(end - u, 0), tl.maximum(n - 1, 1)
+        low = tl.maximum(_up(1000 * u, slope), _up(1000 * end - slope * rest, 1000))
+        high = tl.minimum(slope * u // 1000, end - _up(1000 * rest, slope))
+        lo, hi = tl.minimum(lo, _up(low, width)), tl.maximum(hi, high // width)
+        hi = tl.minimum(hi + 1, m)
+        lo, hi = tl.where(n == 1, 0, lo), tl.where(n == 1, m, hi)
+    else:
+        width = (2 * band.to(tl.int64) + 1) * longest
+        lo, hi = _up(line - width, scale), tl.minimum((line + width) // scale + 1, m)
+        lo, hi = tl.where(band < 0, 0, lo), tl.where(band < 0, m, hi)
     valid = (i >= 0) & (i < n)
     return tl.where(valid, lo, 0).to(tl.int32), tl.where(valid, hi, 0).to(tl.int32)
 

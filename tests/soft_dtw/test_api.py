@@ -1,5 +1,11 @@
 """Arguments, messages, dispatch, the module and the alignment."""
 
+import pathlib
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import assert_close, features, value_and_alignment
@@ -23,8 +29,8 @@ X, Y = torch.rand(2, 5, 3), torch.rand(2, 4, 3)
         ({"y_lengths": torch.tensor([4])}, ValueError, r"y_lengths must have shape \[2\]"),
         ({"y_lengths": 4}, TypeError, r"y_lengths must be None, an integer tensor"),
         ({"y_lengths": [4, 5]}, ValueError, r"y_lengths\[1\] is 5, but must be from 1 to 4"),
-        ({"gamma": 0}, ValueError, r"gamma must be positive and finite, got 0"),
-        ({"gamma": float("nan")}, ValueError, r"gamma must be positive"),
+        ({"gamma": -1}, ValueError, r"gamma must be 0 \(hard DTW\) or more, and finite, got -1"),
+        ({"gamma": float("nan")}, ValueError, r"gamma must be 0 .* got nan"),
         ({"gamma": torch.tensor(1.0)}, TypeError, r"gamma must be a number, got Tensor"),
         ({"bandwidth": -1}, ValueError, r"bandwidth must be 0 or more, got -1"),
         ({"bandwidth": 0.1}, TypeError, r"bandwidth must be None or a whole number"),
@@ -74,18 +80,71 @@ def test_lengths_may_be_lists_or_small_integers():
     assert torch.equal(soft_dtw(X, Y, *lengths), want)
 
 
-def test_auto_takes_the_fastest_backend_that_loads(monkeypatch):
-    loaded = {"reference": "R", "cpu": "C", "triton": "T"}
-    monkeypatch.setattr(_op, "_load", loaded.get)
-    cpu, gpu, other = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
-    assert [_op.resolve("auto", d) for d in (cpu, gpu, other)] == ["C", "T", "R"]
-    loaded.update(cpu=ImportError("no numba"), triton=ImportError("no triton"))
-    assert [_op.resolve("auto", d) for d in (cpu, gpu)] == ["R", "R"]
-    with pytest.raises(RuntimeError, match=r"'cpu' cannot be loaded .*no numba.* install 'numba'"):
-        _op.resolve("cpu", cpu)
-    loaded.update(cpu="C")
+@pytest.fixture
+def loaded(monkeypatch):
+    """Stands for the backend modules; what resolve() has found out is forgotten afterwards."""
+
+    def module(name):
+        return SimpleNamespace(name=name, INTERPRETED=False, CHECKPOINTS=name == "cpu")
+
+    modules = {name: module(name) for name in _op.BACKENDS}
+    monkeypatch.setattr(_op, "_load", modules.get)
+    monkeypatch.setattr(_op, "_usable", lambda name, device: modules[name])
+    _op._warn_of_fallback.cache_clear()
+    yield modules
+    _op._warn_of_fallback.cache_clear()
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_auto_takes_the_fastest_backend(loaded):
+    got = [_op.resolve("auto", d).name for d in (CPU, GPU, torch.device("meta"))]
+    assert got == ["cpu", "triton", "reference"]
     with pytest.raises(ValueError, match="backend='cpu' takes CPU tensors, got device cuda:0"):
-        _op.resolve("cpu", gpu)
+        _op.resolve("cpu", GPU)
+    with pytest.raises(ValueError, match=r"checkpointed=True needs .* here is 'triton'"):
+        _op.resolve("auto", GPU, checkpointed=True)
+
+
+@pytest.mark.parametrize("device, name", [(CPU, "cpu"), (GPU, "triton")])
+def test_auto_warns_once_with_the_reason_before_it_falls_back(loaded, device, name):
+    loaded[name] = ImportError(f"no {name} here")
+    with pytest.warns(UserWarning, match=f"'{name}' cannot be used .ImportError: no {name} here"):
+        assert _op.resolve("auto", device).name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _op.resolve("auto", device).name == "reference"
+    needs = {"cpu": "numba", "triton": "triton"}[name]
+    with pytest.raises(RuntimeError, match=rf"'{name}' cannot be loaded .* install '{needs}'"):
+        _op.resolve(name, device)
+
+
+def test_a_backend_that_loads_but_fails_at_its_first_launch_is_not_usable(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(_op, "_load", lambda name: SimpleNamespace(cost_forward=refuse))
+    found = _op._usable.__wrapped__("triton", CPU)
+    assert isinstance(found, RuntimeError) and "C compiler" in str(found)
+
+
+def test_loads_neither_numba_triton_nor_speechbrain():
+    """Nor runs with them: only a backend that is used is imported."""
+    script = (
+        "import sys, torch\n"
+        "from pi_finetune.soft_dtw import soft_dtw\n"
+        "names = 'numba', 'llvmlite', 'triton', 'speechbrain', 'scipy'\n"
+        "before = [n for n in names if n in sys.modules]\n"
+        "x = torch.rand(1, 3, 2, requires_grad=True)\n"
+        "soft_dtw(x, x, backend='reference').sum().backward()\n"
+        "print(before, [n for n in names if n in sys.modules])\n"
+    )
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert done.stdout.strip() == "[] []"
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

@@ -15,9 +15,16 @@ from helpers import (
 )
 
 from pi_finetune.soft_dtw import alignment, soft_dtw, soft_dtw_from_cost
-from pi_finetune.soft_dtw.reference import band_mask
+from pi_finetune.soft_dtw.recursion import Recursion
+from pi_finetune.soft_dtw.reference import band_mask as reference_mask
 
 COSTS = ["sqeuclidean", "cosine", "l1"]
+
+
+def band_mask(n, m, bandwidth, N, M):
+    return reference_mask(n, m, Recursion(bandwidth=bandwidth), N, M)
+
+
 both = pytest.mark.parametrize("backend", ["reference", "cpu"])
 
 
@@ -381,13 +388,21 @@ def test_operators_pass_opcheck(backend):
     for divergence, y_grad in ((False, True), (True, True), (True, False)):
         torch.library.opcheck(
             torch.ops.pi_finetune.soft_dtw.default,
-            (x, y.detach().requires_grad_(y_grad), n, None, 0.5, None, "sqeuclidean", divergence,
-             backend, False, True, y_grad),
+            (x, y.detach().requires_grad_(y_grad), n, None, backend, "sqeuclidean", divergence,
+             False, *Recursion(0.5), False, True, y_grad),
             test_utils=tests,
         )  # fmt: skip
     torch.library.opcheck(
         torch.ops.pi_finetune.soft_dtw_from_cost.default,
-        (torch.rand(2, 7, 5, requires_grad=True), n, None, 0.5, 1, backend, False, True),
+        (
+            torch.rand(2, 7, 5, requires_grad=True),
+            n,
+            None,
+            backend,
+            *Recursion(0.5, 1),
+            False,
+            True,
+        ),
         test_utils=tests,
     )
 
