@@ -245,6 +245,36 @@ class SISDRLoss(torch.nn.Module):
         return (wav - wav.sum(1, keepdim=True) / lengths[:, None]).masked_fill(~mask, 0.0)
 
 
+class SNRLoss(torch.nn.Module):
+    """Negative SNR in dB, bounded: 10 log10(|y - x|^2 / |y|^2 + 10^(-max_snr / 10)).
+
+    Unlike SI-SDR it fixes the level. The bound is the threshold of Wisdom et al. (MixIT,
+    NeurIPS 2020, eq. 1): without it, pairs that are almost clean outweigh all others.
+
+    Arguments
+    ---------
+    max_snr : float
+        No more than this is rewarded, in dB. Default: 30.
+
+    Example
+    -------
+    >>> clean, lengths = torch.sin(torch.arange(100.0))[None], torch.tensor([100])
+    >>> louder, same = (SNRLoss()(gain * clean, clean, lengths) for gain in (1.5, 1.0))
+    >>> round(float(louder), 1), round(float(same), 1)
+    (-6.0, -30.0)
+    """
+
+    def __init__(self, max_snr=30.0):
+        super().__init__()
+        self.threshold = 10 ** (-max_snr / 10)
+
+    def forward(self, enhanced, clean, lengths, rngs=None):
+        mask = _frame_mask(lengths, enhanced.shape[1])
+        x, y = (wav.float().masked_fill(~mask, 0.0) for wav in (enhanced, clean))
+        noise = (x - y).square().sum(1) / (y.square().sum(1) + 1e-8)
+        return 10 * torch.log10(noise + self.threshold)
+
+
 class L1STFTLoss(torch.nn.Module):
     """Multi-resolution L1 between magnitudes, plus L1 between waveforms.
 

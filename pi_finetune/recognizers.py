@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from speechbrain.decoders.ctc import ctc_greedy_decode
 from torch import nn
+from torchaudio.functional import melscale_fbanks
 from transformers.utils import logging
 
 from pi_finetune.config import PROJECT_ROOT
@@ -258,7 +259,7 @@ class CTCRecognizer:
     def __init__(self, folder):
         config = _read_config(Path(folder))
         self.name = config["name"]
-        self.encoder = Teacher(_find_encoder(config["encoder"]))
+        self.encoder = _load_encoder(config["encoder"])
         if fingerprint(self.encoder) != config["encoder_fingerprint"]:
             raise UserError(
                 f"recogniser '{folder}' was trained on an encoder that '{self.encoder.source}' "
@@ -342,6 +343,46 @@ class CTCRecognizer:
                 batch, torch.tensor([len(w) for w in wavs], device=batch.device)
             )
             return self.head(states, frames), frames
+
+
+class LogMel(nn.Module):
+    """Log-mel energies in an encoder's place, for a recogniser that needs no other model.
+
+    80 bands of 25 ms windows every 10 ms, three neighbours side by side: a frame is 30 ms. Its
+    methods and attributes are those of :class:`pi_finetune.teacher.Teacher` that a
+    :class:`CTCHead` is trained on.
+    """
+
+    source = "log-mel"
+    num_layers = 0
+    window, step, bands, stacked = 400, 160, 80, 3
+    dim = bands * stacked
+    hop = step * stacked
+    receptive_field = window + step * (stacked - 1)
+    max_length = None
+
+    def __init__(self):
+        super().__init__()
+        filters = melscale_fbanks(257, 0.0, SAMPLE_RATE / 2, self.bands, SAMPLE_RATE)
+        self.register_buffer("filters", filters)
+        self.register_buffer("taper", torch.hann_window(self.window))
+
+    @property
+    def encoder(self):
+        """The weights by which a recogniser knows its encoder: the filters."""
+        return self
+
+    def frames(self, lengths):
+        """How many frames lengths (in samples) make."""
+        return (lengths - self.window + self.step) // self.step // self.stacked
+
+    def hidden_states(self, wavs, lengths):
+        """``([1, B, F, 240], frame_lengths [B])`` of wavs [B, T] and lengths [B] in samples."""
+        frames = self.frames(lengths)
+        pieces = wavs.float().unfold(1, self.window, self.step) * self.taper
+        power = torch.fft.rfft(pieces, 512).abs().square() @ self.filters
+        power = power[:, : int(frames.max()) * self.stacked]
+        return (power + 1e-6).log().unflatten(1, (-1, self.stacked)).flatten(2)[None], frames
 
 
 class CTCHead(nn.Module):
@@ -585,9 +626,11 @@ def _read_config(folder):
     return config
 
 
-def _find_encoder(source):
+def _load_encoder(source):
+    if source == LogMel.source:
+        return LogMel()
     shipped = PROJECT_ROOT / source
-    return str(shipped) if shipped.is_dir() else source
+    return Teacher(str(shipped) if shipped.is_dir() else source)
 
 
 def _load_weights(head, path):

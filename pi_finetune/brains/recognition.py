@@ -165,7 +165,7 @@ class EncodedSpeech(Dataset):
         wav = read_audio(entry["wav"])
         if self.augmentation is not None:
             wav = self.augmentation(wav, utterance_rng(self.seed, view, key, "augmentation"))
-        device = next(self.encoder.encoder.parameters()).device
+        device = next(iter(self.encoder.encoder.state_dict().values())).device
         length = torch.tensor([len(wav)], device=device)
         states, _ = self.encoder.hidden_states(wav[None].to(device), length)
         return states[:, 0].transpose(0, 1).half().cpu()

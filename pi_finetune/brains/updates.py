@@ -9,12 +9,11 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from torch.utils.data import DataLoader, Subset
 
 from pi_finetune.config import build, find_hparams, load_hparams, refuse_other_settings
-from pi_finetune.data.loading import ShareOfSampler, UpdateBatchSampler, UpdateSampler
+from pi_finetune.data.loading import ShareOfSampler, UpdateBatchSampler, UpdateSampler, collate
 from pi_finetune.distributed import (
     mean_over_processes,
     on_main,
@@ -156,7 +155,7 @@ class UpdateBrain(sb.Brain):
         self.train_sampler = ShareOfSampler(sampler, rank(), processes())
         how["sampler" if how else "batch_sampler"] = self.train_sampler
         loader = sb.dataio.dataloader.make_dataloader(
-            dataset, collate_fn=PaddedBatch, **how, **loader_kwargs
+            dataset, collate_fn=collate, **how, **loader_kwargs
         )
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("dataloader-TRAIN", loader)
@@ -170,7 +169,7 @@ class UpdateBrain(sb.Brain):
         """
         if processes() > 1:
             dataset = Subset(dataset, range(rank(), len(dataset), processes()))
-        return DataLoader(dataset, collate_fn=PaddedBatch, **loader_kwargs)
+        return DataLoader(dataset, collate_fn=collate, **loader_kwargs)
 
     def fit(self, *args, **kwargs):
         """As SpeechBrain's; a loader worker that died is an error one can read."""

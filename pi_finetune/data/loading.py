@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from torch.utils.data import Dataset, Sampler
 
@@ -73,6 +74,8 @@ class SpeechPairs(Dataset):
                 for entry in entries
             ]
             noises = (self.mixer.snrs, recordings)
+            if self.mixer.filtered:
+                noises += (self.mixer.filtered,)
         entries = [(key, self.manifest[key]["duration"], snr) for key, snr in self.items]
         described = json.dumps([entries, noises, self.seed, self.segment])
         return hashlib.sha256(described.encode()).hexdigest()[:16]
@@ -249,6 +252,14 @@ def sample_lengths(padded):
     return (padded.lengths * padded.data.shape[1]).round().long()
 
 
+def collate(items):
+    """SpeechBrain's ``PaddedBatch``, with the SNRs as a list: clean speech among them has None."""
+    batch = PaddedBatch([{k: v for k, v in item.items() if k != "snr"} for item in items])
+    if "snr" in items[0]:
+        batch.snr = [item["snr"] for item in items]
+    return batch
+
+
 def choose(manifest, count, max_seconds=None, seed=0):
     """Keep ``count`` utterances (all if None) of at most ``max_seconds``, spread over speakers.
 
@@ -284,6 +295,7 @@ def load_pairs(
     max_seconds=None,
     too_long="drop",
     each_snr=False,
+    noise_filtered=0.0,
 ):
     """Make the noisy/clean pairs of one part of an experiment, from folders.
 
@@ -304,6 +316,8 @@ def load_pairs(
         As for :func:`choose`.
     too_long : str
         ``drop`` (default) leaves utterances above ``max_seconds`` out, ``error`` raises.
+    noise_filtered : float
+        ``filtered`` of :class:`~pi_finetune.data.mixing.NoiseMixer`.
 
     Returns
     -------
@@ -323,5 +337,5 @@ def load_pairs(
     if not all("noisy" in entry for entry in manifest.values()):
         if noise_folder is None:
             raise UserError(f"noise_folder: needed, since {data_folder} has no noisy files.")
-        mixer = NoiseMixer(prepare_noise(noise_folder, part, noise_classes), snrs)
+        mixer = NoiseMixer(prepare_noise(noise_folder, part, noise_classes), snrs, noise_filtered)
     return SpeechPairs(manifest, mixer, seed, segment_seconds, each_snr)

@@ -2,7 +2,10 @@
 
 import math
 
-from pi_finetune.data.audio import is_silent, read_audio
+import numpy as np
+import torch
+
+from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
 from pi_finetune.errors import UserError
 
 
@@ -34,6 +37,34 @@ def mix_at_snr(clean, noise, snr, peak=0.99):
     return noisy * scale, clean * scale
 
 
+def random_filter(wav, rng, depth=12.0, knots=6):
+    """Colour a signal as another room, microphone or distance would.
+
+    The gain in dB is linear in the logarithm of the frequency between ``knots`` points from
+    50 Hz to 8 kHz; at each it is drawn evenly from -``depth`` to ``depth``.
+
+    Arguments
+    ---------
+    wav : torch.Tensor
+        [T].
+    rng : numpy.random.Generator
+    depth : float
+        In dB. Default: 12.
+    knots : int
+        Default: 6.
+
+    Returns
+    -------
+    torch.Tensor
+        [T]; zero phase, so nothing moves in time.
+    """
+    frequencies = np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE).clip(min=1.0)
+    places = np.linspace(np.log(50), np.log(SAMPLE_RATE / 2), knots)
+    gain = np.interp(np.log(frequencies), places, rng.uniform(-depth, depth, knots))
+    spectrum = torch.fft.rfft(wav) * torch.from_numpy(10 ** (gain / 20)).to(wav)
+    return torch.fft.irfft(spectrum, len(wav))
+
+
 class NoiseMixer:
     """Draws a noise, a place in it and an SNR, and mixes.
 
@@ -45,9 +76,11 @@ class NoiseMixer:
         From :func:`pi_finetune.data.corpora.prepare_noise`.
     snrs : list of float
         In dB, equally likely. ``inf`` (``.inf`` in YAML) is clean speech, left as it is.
+    filtered : float
+        Share of the noises that go through a random filter (:func:`random_filter`). Default: 0.
     """
 
-    def __init__(self, noises, snrs):
+    def __init__(self, noises, snrs, filtered=0.0):
         if not noises:
             raise UserError("noise_folder: no noise recording is left after the choice of classes.")
         if not snrs:
@@ -59,6 +92,9 @@ class NoiseMixer:
         self.snrs = [float(snr) for snr in snrs]
         if any(math.isnan(snr) or snr == -math.inf for snr in self.snrs):
             raise UserError(f"snrs: {self.snrs} must be numbers in dB, or .inf for clean speech.")
+        if not 0 <= filtered <= 1:
+            raise UserError(f"noise_filtered: {filtered} must be a share from 0 to 1.")
+        self.filtered = filtered
 
     def __call__(self, clean, rng, snr=None):
         """Mix ``clean`` [T] with noise drawn by ``rng``; ``snr`` fixes the SNR (in dB).
@@ -79,6 +115,8 @@ class NoiseMixer:
             noise = self._segment(entry, clean.shape[-1], rng)
             # Event sounds (a dog's bark) have silent stretches, where no SNR is defined.
             if not is_silent(noise):
+                if self.filtered and rng.random() < self.filtered:
+                    noise = random_filter(noise, rng)
                 noisy, clean = mix_at_snr(clean, noise, snr)
                 return noisy, clean, {"snr": snr, "noise_class": noise_class}
         raise UserError(

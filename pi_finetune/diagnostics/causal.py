@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 import torch
-from speechbrain.dataio.batch import PaddedBatch
 
-from pi_finetune.data.loading import sample_lengths
+from pi_finetune.data.loading import collate, sample_lengths
 from pi_finetune.diagnostics.views import Offset
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number
@@ -79,7 +78,7 @@ def held_out_losses(objective, enhancer, pairs, batch_size=4, seed=0, device="cp
     """
     objective, enhancer = objective.to(device), enhancer.to(device).eval()
     losses = []
-    for batch in torch.utils.data.DataLoader(pairs, batch_size, collate_fn=PaddedBatch):
+    for batch in torch.utils.data.DataLoader(pairs, batch_size, collate_fn=collate):
         batch = batch.to(device)
         lengths = sample_lengths(batch.noisy)
         rngs = perturbation_rngs(seed, batch)

@@ -11,9 +11,8 @@ import warnings
 import numpy as np
 import torch
 from scipy import stats
-from speechbrain.dataio.batch import PaddedBatch
 
-from pi_finetune.data.loading import UpdateSampler, sample_lengths
+from pi_finetune.data.loading import UpdateSampler, collate, sample_lengths
 from pi_finetune.files import json_number
 from pi_finetune.seeding import perturbation_rngs
 
@@ -51,7 +50,7 @@ def batch_gradients(
     enhancer = copy.deepcopy(enhancer).to(device).train()
     parameters = [p for p in enhancer.parameters() if p.requires_grad]
     sampler = UpdateSampler(len(pairs), batches * batch_size, seed)
-    loader = torch.utils.data.DataLoader(pairs, batch_size, sampler=sampler, collate_fn=PaddedBatch)
+    loader = torch.utils.data.DataLoader(pairs, batch_size, sampler=sampler, collate_fn=collate)
     gradients = []
     for batch in loader:
         batch = batch.to(device)

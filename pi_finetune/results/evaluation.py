@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from speechbrain.dataio import audio_io
-from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import ddp_barrier
 from tqdm import tqdm
 
 from pi_finetune.data.audio import SAMPLE_RATE
-from pi_finetune.data.loading import sample_lengths
+from pi_finetune.data.loading import collate, sample_lengths
 from pi_finetune.distributed import on_main, processes, rank
 from pi_finetune.enhancers import WEIGHTS_FILE
 from pi_finetune.errors import UserError
@@ -109,7 +108,7 @@ def evaluate_system(
     todo = [[i for i in batch if ids[i] not in done] for batch in batches]
     todo = [batch for batch in todo if batch][rank() :: processes()]
     examples = {ids[i * len(ids) // audio_examples] for i in range(audio_examples)}
-    loader = torch.utils.data.DataLoader(pairs, batch_sampler=todo, collate_fn=PaddedBatch)
+    loader = torch.utils.data.DataLoader(pairs, batch_sampler=todo, collate_fn=collate)
     strategy, seed = folder.parent.name, folder.name
     mine = sum(map(len, todo))
     with (

@@ -5,10 +5,16 @@
 Speech comes out in LibriSpeech's layout, noise as one folder of CLASS-NNN.ogg. The
 same seed and engine versions give the same files, byte for byte. An earlier
 ``speech`` or ``noise`` folder is replaced only when the new one is complete.
+
+    python tools/mini/synthesize.py --output_folder more --seed 1234 --more 3000
+
+makes instead hours of speech by many voices, for a recogniser: ``more/speech`` with the training
+split alone. No test or dev voice speaks in it, and none of their sentences is said.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import struct
 import sys
@@ -22,10 +28,14 @@ import numpy as np
 import soundfile as sf
 from grammar import VOCABULARY, sentences
 from tqdm import tqdm
-from voices import SAMPLE_RATE, VOICES, require_engines, speak
+from voices import MORE_VOICES, SAMPLE_RATE, VOICES, require_engines, speak, varied
 
+from pi_finetune.brains.recognition import transcribe_set
+from pi_finetune.data.corpora import prepare_speech
 from pi_finetune.errors import UserError, command
-from pi_finetune.files import write_text
+from pi_finetune.files import replacing, write_text
+from pi_finetune.recognizers import load_recognizer
+from pi_finetune.results.metrics import wer
 from pi_finetune.seeding import utterance_rng
 
 SPLITS = ("train", "dev", "test")
@@ -45,14 +55,30 @@ def main(argv=None):
     parser.add_argument("--output_folder", default="assets/mini")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--only", choices=("speech", "noise"), help="leave the other part as it is")
+    parser.add_argument(
+        "--more", type=int, metavar="N", help="N training utterances of many voices, nothing else"
+    )
+    parser.add_argument(
+        "--measure",
+        metavar="ASR",
+        help="only: word errors of this recogniser on dev and test voices",
+    )
+    parser.add_argument("--processes", type=int, default=1, help="with --more. Default: 1")
     args = parser.parse_args(argv)
 
-    versions = require_engines()  # babble is spoken too
     folder = Path(args.output_folder)
+    if args.measure is not None:
+        measure(folder, args.measure)
+        write_readme(folder)
+        return
+    versions = require_engines()  # babble is spoken too
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_folder: {folder} is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     texts = split_texts(args.seed)
+    if args.more is not None:
+        make_more(folder, texts, args.seed, args.more, args.processes)
+        return
     for part, make in (("speech", make_speech), ("noise", make_noise)):
         if args.only not in (None, part):
             continue
@@ -121,6 +147,44 @@ def make_speech(folder, texts, seed):
     counts = Counter(w for v in voices if v.split == "train" for t in texts[v] for w in t.split())
     facts["vocabulary"] = {"words": len(counts), "fewest uses in train": min(counts.values())}
     return facts
+
+
+def make_more(folder, texts, seed, count, processes):
+    """Write ``count`` training utterances; those of an interrupted run are kept."""
+    rng = np.random.default_rng(seed)
+    held_out = {
+        line for voice, lines in texts.items() if voice and voice.split != "train" for line in lines
+    }
+    lines = sentences(rng, count, held_out, candidates=20)
+    voices = [v for v in VOICES if v.split == "train"]
+    # Half of the speech is by voices of real speakers, of which there are few.
+    human = [v for v in voices if v.engine != "espeak-ng"]
+    robots = [v for v in (*voices, *MORE_VOICES) if v.engine == "espeak-ng"]
+    human += [v for v in MORE_VOICES if v.engine != "espeak-ng"] * 2
+    jobs, texts_of = [], {}
+    for number, text in enumerate(lines):
+        group = human if number % 2 else robots
+        voice = group[number // 2 % len(group)]
+        name = f"{voice.speaker}-1-{number:05d}"
+        jobs.append((folder / "speech" / "train" / voice.speaker / "1", name, voice, text, seed))
+        texts_of.setdefault(voice.speaker, []).append(f"{name} {text}\n")
+    for chapter in {job[0] for job in jobs}:
+        chapter.mkdir(parents=True, exist_ok=True)
+    with multiprocessing.Pool(processes) as pool:
+        list(tqdm(pool.imap_unordered(_one_more, jobs, 8), total=count, desc="speech", unit="utt"))
+    for speaker, said in texts_of.items():
+        chapter = folder / "speech" / "train" / speaker / "1"
+        write_text(chapter / f"{speaker}-1.trans.txt", "".join(said))
+
+
+def _one_more(job):
+    chapter, name, voice, text, seed = job
+    path = chapter / f"{name}.flac"
+    if not path.exists():
+        rng = utterance_rng(seed, 0, name, "more")
+        with replacing(path) as temporary:
+            samples = utterance(varied(voice, rng), text, rng)
+            sf.write(temporary, samples, SAMPLE_RATE, format="FLAC")
 
 
 def utterance(voice, text, rng):
@@ -225,6 +289,20 @@ def _crc(data):
     return value
 
 
+def measure(folder, source):
+    """Add to ``about.json`` what a recogniser gets wrong of the clean speech of each voice."""
+    recognizer = load_recognizer(source)
+    manifest = prepare_speech(folder / "speech", ["dev", "test"])
+    errors = {}
+    for record in transcribe_set(recognizer, manifest):
+        errors.setdefault(manifest[record["id"]]["speaker"], []).append(record)
+    path = folder / "speech" / "about.json"
+    about = json.loads(path.read_text())
+    rates = {speaker: round(wer(records), 1) for speaker, records in sorted(errors.items())}
+    about["word errors"] = {"recogniser": recognizer.name, "percent": rates}
+    write_text(path, json.dumps(about, indent=2) + "\n")
+
+
 def write_readme(folder):
     """Write the README from the ``about.json`` of the parts that are there."""
     text = [_README_HEAD]
@@ -246,6 +324,14 @@ def write_readme(folder):
             "splits, no\nspeaker either. `speech/SPEAKERS.TXT` says which engine and voice a "
             "speaker is."
         )
+        if heard := speech.get("word errors"):
+            text.append(
+                f"\nWord errors of {heard['recogniser']} on the clean speech of each dev and test "
+                "voice\n(`--measure` of the script):\n\n| speaker | voice | WER |\n|---|---|---|"
+            )
+            names = {voice.speaker: f"{voice.split}: {voice}, {voice.sex}" for voice in VOICES}
+            for speaker, percent in heard["percent"].items():
+                text.append(f"| {speaker} | {names[speaker]} | {percent:.1f} % |")
     if noise := about.get("noise"):
         text.append(
             f"\n## Noise\n\n{', '.join(noise['classes'])}: {noise['recordings']} recordings of "
@@ -277,10 +363,13 @@ with a state: read a file from its beginning where samples are to be the same on
 
 The sentences come from the grammar in `tools/mini/grammar.py`, the noises from the formulas in
 `tools/mini/noises.py`: the project's own, under its licence (Apache-2.0). The speech is the
-output of two engines:
+output of four engines:
 
-- flite (Carnegie Mellon University, a permissive licence of BSD kind) with its voices awb, rms,
-  slt and kal16, all of Carnegie Mellon University and distributed with it under the same terms.
+- flite (Carnegie Mellon University, a permissive licence of BSD kind) with its voices awb, rms and
+  slt, all of Carnegie Mellon University and distributed with it under the same terms.
+- festival (University of Edinburgh and others, of BSD kind) with the voice kal of
+  Carnegie Mellon University, under such terms too.
+- pico (SVOX, Apache-2.0) with the voices that it comes with, by way of the Python package ttspico.
 - espeak-ng (GPL-3.0-or-later). The licence covers the program; what it speaks is not a
   work based on it.
 

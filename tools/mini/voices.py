@@ -1,12 +1,14 @@
-"""The voices of the mini corpus and the two free engines that speak them.
+"""The voices of the mini corpus and the free engines that speak them.
 
-``flite`` has four English voices of real speakers: awb, rms and slt are statistical
-voices, kal16 is made of diphones. ``espeak-ng`` is a formant synthesiser whose
-accents and variants make many clearly different, if robotic, voices. More speakers
-are made of two flite voices by scaling their vocal tract (`Voice.warp`); such a voice is
-always in the same split as the one it is made of.
+``flite`` and ``festival`` have English voices of real speakers, made of statistics (awb, rms,
+slt) or of diphones (kal, ked); ``pico``, the engine of early Android phones, has two women's.
+``espeak-ng`` is a formant synthesiser whose accents and variants make many clearly different, if
+robotic, voices. More speakers are made of a voice by scaling its vocal tract (`Voice.warp`); such
+a voice is always in the same split as the one it is made of.
 """
 
+import dataclasses
+import functools
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +27,13 @@ ESPEAK_WORDS_PER_MINUTE = 160
 # Pause between espeak-ng's words, in its unit of 10 ms: without one a recogniser trained on human
 # speech misses a third of the words, with it a fifth.
 ESPEAK_WORD_GAP = 2
+#: How each engine is installed, besides its voices.
+ENGINES = {
+    "flite": "apt install flite",
+    "espeak-ng": "apt install espeak-ng",
+    "festival": "apt install festival festvox-kallpc16k festvox-kdlpc16k",
+    "pico": "pip install ttspico",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Voice:
     split : str
         ``"train"``, ``"dev"`` or ``"test"``.
     engine : str
-        ``"flite"`` or ``"espeak-ng"``, also the name of the Debian package.
+        One of `ENGINES`.
     name : str
         The engine's name of the voice.
     utterances : int
@@ -71,43 +80,79 @@ class Voice:
 
 
 VOICES = (
-    Voice("101", "M", "train", "flite", "awb", 26, rate=0.88),
-    Voice("102", "M", "train", "flite", "rms", 26),
+    Voice("101", "M", "train", "flite", "awb", 32, rate=0.88),
+    Voice("102", "F", "train", "pico", "en-US", 32),
     Voice("103", "F", "train", "flite", "awb", 26, rate=0.88, warp=1.18),
-    Voice("104", "F", "train", "flite", "rms", 26, warp=1.22),
-    Voice("105", "M", "train", "flite", "rms", 26, warp=0.92),
+    Voice("104", "M", "train", "pico", "en-US", 26, warp=0.86),
+    Voice("105", "F", "train", "pico", "en-US", 26, warp=1.12),
     Voice("106", "F", "train", "espeak-ng", "en-us+f2", 17),
     Voice("107", "F", "train", "espeak-ng", "en-us+Annie", 17),
     Voice("108", "M", "train", "espeak-ng", "en-us+m3", 17),
-    Voice("109", "M", "train", "espeak-ng", "en-gb", 17),
+    Voice("109", "M", "train", "espeak-ng", "en-gb-x-rp", 17),
     Voice("110", "M", "train", "espeak-ng", "en-us-nyc", 17),
     Voice("111", "M", "train", "espeak-ng", "en-us+klatt3", 17),
     Voice("112", "M", "train", "espeak-ng", "en-us+m8", 17),
     Voice("113", "F", "train", "espeak-ng", "en+f4", 17),
-    Voice("201", "M", "dev", "flite", "kal16", 20, rate=0.8),
-    Voice("202", "F", "dev", "espeak-ng", "en-us+f5", 20),
-    Voice("301", "F", "test", "flite", "slt", 28, rate=0.88),
-    Voice("302", "M", "test", "espeak-ng", "en-us+m7", 14),
-    Voice("303", "M", "test", "espeak-ng", "en-gb-x-gbclan", 14),
-    Voice("304", "F", "test", "espeak-ng", "en-us+f1", 14),
+    Voice("201", "M", "dev", "festival", "kal_diphone", 18, rate=0.95),
+    Voice("202", "F", "dev", "espeak-ng", "en-gb+f3", 18),
+    Voice("203", "F", "dev", "espeak-ng", "en-us+steph", 18),
+    Voice("301", "F", "test", "flite", "slt", 22, rate=0.88),
+    Voice("302", "M", "test", "flite", "rms", 22),
+    Voice("303", "F", "test", "pico", "en-GB", 22),
+    Voice("304", "M", "test", "espeak-ng", "en-us+klatt4", 22),
+)
+
+#: More training voices, for hours of speech that are not shipped; the first is a diphone voice.
+MORE_VOICES = (
+    Voice("401", "M", "train", "festival", "ked_diphone", 0, rate=0.9),
+    *(
+        Voice(str(402 + i), "F" if name[-2] == "f" else "M", "train", "espeak-ng", name, 0)
+        for i, name in enumerate(
+            "en-us+f1 en-us+m1 en-us+m2 en-us+m4 en-us+m5 en-us+m6 en-us+m7 en-us+f5 en-gb+m3 "
+            "en-us+klatt en-us+klatt2 en-us+klatt5 en-us+Alex en-us+Denis en-us+Gene "
+            "en-us+Henrique en-us+iven en-us+Jacky en-us+john en-us+Lee en-us+linda en-us+marcelo en-us+Marco "
+            "en-us+Michael en-us+norbert en-us+pablo en-us+quincy en-us+rob en-us+shelby "
+            "en-us+travis en-us+victor en-us+zac en-us+anika en-us+belinda en-us+david "
+            "en-us+edward en-us+gustave en-us+max en-us+miguel en-us+paul".split()
+        )
+    ),
 )
 
 
-def require_engines(engines=("flite", "espeak-ng")) -> dict[str, str]:
-    """Return the version of each engine; `UserError` names the package of one that is missing."""
+def varied(voice, rng):
+    """A person like ``voice`` but of another size: vocal tract and pitch drawn by ``rng``."""
+    return dataclasses.replace(
+        voice,
+        warp=voice.warp * rng.uniform(0.88, 1.18),
+        pitch=int(np.clip(voice.pitch + rng.integers(-25, 26), 0, 99)),
+    )
+
+
+def require_engines(engines=tuple(ENGINES)) -> dict[str, str]:
+    """Return the version of each engine; `UserError` says how to install one that is missing."""
     versions = {}
     for engine in engines:
-        if shutil.which(engine) is None:
+        try:
+            versions[engine] = _version(engine)
+        except (FileNotFoundError, ImportError):
             raise UserError(
-                f"speech engine '{engine}' is not installed: install the Debian package "
-                f"'{engine}' (apt install {engine}). The corpus in assets/mini needs no engine "
-                "unless it is to be made anew."
-            )
-        out = subprocess.run([engine, "--version"], capture_output=True, text=True).stdout
-        lines = [line.strip() for line in out.splitlines()]
-        line = next((line for line in lines if "version" in line or "speech:" in line), lines[0])
-        versions[engine] = line.split("Data at")[0].removeprefix("version:").strip()
+                f"speech engine '{engine}' is not installed: {ENGINES[engine]}. The corpus in "
+                "assets/mini needs no engine unless it is to be made anew."
+            ) from None
     return versions
+
+
+def _version(engine):
+    if engine == "pico":
+        from importlib import metadata
+
+        return f"ttspico {metadata.version('ttspico')}"
+    if shutil.which(engine) is None:
+        raise FileNotFoundError(engine)
+    out = subprocess.run([engine, "--version"], capture_output=True, text=True).stdout
+    lines = [line.strip() for line in out.splitlines()]
+    found = (x for x in lines if "version" in x or "speech:" in x or x.startswith("festival"))
+    return next(found, lines[0]).split("Data at")[0].removeprefix("version:").strip()
 
 
 def speak(voice: Voice, text: str, rate: float = 1.0, pitch: float = 1.0) -> np.ndarray:
@@ -136,27 +181,57 @@ def speak(voice: Voice, text: str, rate: float = 1.0, pitch: float = 1.0) -> np.
     """
     # Warping is done by playing faster, so the engine has to speak that much slower.
     rate = voice.rate * rate / voice.warp
+    text = f"{text.lower()}."
+    try:
+        samples, found = (
+            _pico(voice, text, rate, pitch)
+            if voice.engine == "pico"
+            else _command(voice, text, rate, pitch)
+        )
+    except (FileNotFoundError, ImportError):
+        require_engines([voice.engine])
+        raise
+    ratio = Fraction(SAMPLE_RATE / (found * voice.warp)).limit_denominator(1000)
+    samples = resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)
+    return trim(samples)
+
+
+def _command(voice, text, rate, pitch):
+    """What a program says: samples [T] and their rate."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speech.wav"
         if voice.engine == "flite":
             command = ["flite", "-voice", voice.name, "--setf", f"duration_stretch={1 / rate:.4f}"]
-            command += ["--setf", f"f0_shift={pitch:.4f}", "-t", f"{text.lower()}.", str(path)]
+            command += ["--setf", f"f0_shift={pitch:.4f}", "-t", text, str(path)]
+        elif voice.engine == "festival":
+            setup = f"(begin (voice_{voice.name}) (Parameter.set 'Duration_Stretch {1 / rate:.4f}))"
+            command = ["text2wave", "-eval", setup, "-o", str(path)]
         else:
             tone = str(round(np.clip(voice.pitch + 100 * (pitch - 1), 0, 99)))
             speed = str(round(ESPEAK_WORDS_PER_MINUTE * rate))
             command = ["espeak-ng", "-v", voice.name, "-s", speed, "-p", tone]
-            command += ["-g", str(ESPEAK_WORD_GAP), "-w", str(path), f"{text.lower()}."]
+            command += ["-g", str(ESPEAK_WORD_GAP), "-w", str(path), text]
         try:
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-            samples, found = sf.read(path, dtype="float32")
-        except FileNotFoundError:
-            require_engines([voice.engine])
-            raise
+            subprocess.run(
+                command, check=True, capture_output=True, timeout=60, input=text.encode()
+            )
+            return sf.read(path, dtype="float32")
         except (subprocess.SubprocessError, sf.SoundFileError) as error:
             raise UserError(f"{' '.join(command)!r} failed: {error}") from error
-    ratio = Fraction(SAMPLE_RATE / (found * voice.warp)).limit_denominator(1000)
-    samples = resample_poly(samples, ratio.numerator, ratio.denominator).astype(np.float32)
-    return trim(samples)
+
+
+@functools.cache
+def _pico_engine(language):
+    import ttspico
+
+    return ttspico.TtsEngine(language)
+
+
+def _pico(voice, text, rate, pitch):
+    engine = _pico_engine(voice.name)
+    engine.rate = round(np.clip(100 * rate, 20, 500))
+    engine.pitch = round(np.clip(100 * pitch, 50, 200))
+    return np.frombuffer(engine.speak(text), "<i2").astype(np.float32) / 2**15, SAMPLE_RATE
 
 
 def trim(samples: np.ndarray, floor_db: float = -45.0, margin: float = 0.02) -> np.ndarray:
