@@ -37,9 +37,10 @@ def dataio_prepare(hparams):
 
     The corpus is listed by the main process alone.
     """
-    train, valid, test = (
+    train = on_main(prepare_speech, hparams["train_folder"], hparams["train_splits"])
+    valid, test = (
         on_main(prepare_speech, hparams["data_folder"], hparams[f"{part}_splits"])
-        for part in ("train", "valid", "test")
+        for part in ("valid", "test")
     )
     mixer = on_main(build, hparams["train_mixer"])
     parts = {"encoder": hparams["encoder"], "tokenizer": hparams["tokenizer"]}

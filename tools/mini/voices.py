@@ -109,11 +109,12 @@ MORE_VOICES = (
         Voice(str(402 + i), "F" if name[-2] == "f" else "M", "train", "espeak-ng", name, 0)
         for i, name in enumerate(
             "en-us+f1 en-us+m1 en-us+m2 en-us+m4 en-us+m5 en-us+m6 en-us+m7 en-us+f5 en-gb+m3 "
-            "en-us+klatt en-us+klatt2 en-us+klatt5 en-us+Alex en-us+Denis en-us+Gene "
-            "en-us+Henrique en-us+iven en-us+Jacky en-us+john en-us+Lee en-us+linda en-us+marcelo en-us+Marco "
-            "en-us+Michael en-us+norbert en-us+pablo en-us+quincy en-us+rob en-us+shelby "
-            "en-us+travis en-us+victor en-us+zac en-us+anika en-us+belinda en-us+david "
-            "en-us+edward en-us+gustave en-us+max en-us+miguel en-us+paul".split()
+            "en-us+klatt en-us+klatt2 en-us+klatt5 en-us+Alex en-us+Denis en-us+Gene en- "
+            "us+Henrique en-us+iven en-us+Jacky en-us+john en-us+Lee en-us+linda en- "
+            "us+marcelo en-us+Marco en-us+Michael en-us+norbert en-us+pablo en-us+quincy en- "
+            "us+rob en-us+shelby en-us+travis en-us+victor en-us+zac en-us+anika en- "
+            "us+belinda en-us+david en-us+edward en-us+gustave en-us+max en-us+miguel en- "
+            "us+paul".split()
         )
     ),
 )
