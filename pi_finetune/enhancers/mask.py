@@ -80,6 +80,9 @@ class MaskEnhancer(WaveformEnhancer):
         The level of a frame is taken over this many frames before and after it.
     max_gain : float
         Bound of the mask's magnitude, above 1.
+    mix : float
+        Share of the mask; the rest is the input as it is. Below 1 less noise is removed, and what
+        is wrongly taken for noise is not lost.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class MaskEnhancer(WaveformEnhancer):
         compression=0.3,
         level_frames=94,
         max_gain=2.0,
+        mix=1.0,
     ):
         super().__init__(
             channels=list(channels),
@@ -104,6 +108,7 @@ class MaskEnhancer(WaveformEnhancer):
             compression=compression,
             level_frames=level_frames,
             max_gain=max_gain,
+            mix=mix,
         )
         bins = n_fft // 2
         if n_fft & (n_fft - 1) or bins % 2 ** len(channels) or not 0 < hop <= bins:
@@ -113,8 +118,11 @@ class MaskEnhancer(WaveformEnhancer):
             )
         if max_gain <= 1:
             raise ValueError(f"max_gain must be above 1, got {max_gain}")
+        if not 0 < mix <= 1:
+            raise ValueError(f"mix must be above 0 and at most 1, got {mix}")
         self.n_fft, self.hop, self.grid = n_fft, hop, hop
         self.compression, self.level_frames, self.max_gain = compression, level_frames, max_gain
+        self.mix = mix
         milliseconds = 1000 / SAMPLE_RATE
         shape = dict(
             sample_rate=SAMPLE_RATE,
@@ -169,7 +177,8 @@ class MaskEnhancer(WaveformEnhancer):
         spectra = self.stft(F.pad(wavs.float(), (0, size - time)))  # [B, N, bins + 1, 2]
         mask = self._mask(spectra, length_mask(frames, count, spectra.device))
         real, imag = spectra.unbind(-1)
-        gain, turn = mask.unbind(-1)
+        gain, turn = (self.mix * mask).unbind(-1)
+        gain = gain + (1 - self.mix)
         enhanced = torch.stack([real * gain - imag * turn, real * turn + imag * gain], dim=-1)
         return self.istft(enhanced, sig_length=size)[:, :time].to(wavs.dtype)
 

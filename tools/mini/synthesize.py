@@ -30,8 +30,12 @@ from grammar import VOCABULARY, sentences
 from tqdm import tqdm
 from voices import MORE_VOICES, SAMPLE_RATE, VOICES, require_engines, speak, varied
 
+from pi_finetune.brains.recognition import transcribe_set
+from pi_finetune.data.corpora import prepare_speech
 from pi_finetune.errors import UserError, command
 from pi_finetune.files import replacing, write_text
+from pi_finetune.recognizers import load_recognizer
+from pi_finetune.results.metrics import wer
 from pi_finetune.seeding import utterance_rng
 
 SPLITS = ("train", "dev", "test")
@@ -54,11 +58,20 @@ def main(argv=None):
     parser.add_argument(
         "--more", type=int, metavar="N", help="N training utterances of many voices, nothing else"
     )
+    parser.add_argument(
+        "--measure",
+        metavar="ASR",
+        help="only: word errors of this recogniser on dev and test voices",
+    )
     parser.add_argument("--processes", type=int, default=1, help="with --more. Default: 1")
     args = parser.parse_args(argv)
 
-    versions = require_engines()  # babble is spoken too
     folder = Path(args.output_folder)
+    if args.measure is not None:
+        measure(folder, args.measure)
+        write_readme(folder)
+        return
+    versions = require_engines()  # babble is spoken too
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_folder: {folder} is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -276,6 +289,20 @@ def _crc(data):
     return value
 
 
+def measure(folder, source):
+    """Add to ``about.json`` what a recogniser gets wrong of the clean speech of each voice."""
+    recognizer = load_recognizer(source)
+    manifest = prepare_speech(folder / "speech", ["dev", "test"])
+    errors = {}
+    for record in transcribe_set(recognizer, manifest):
+        errors.setdefault(manifest[record["id"]]["speaker"], []).append(record)
+    path = folder / "speech" / "about.json"
+    about = json.loads(path.read_text())
+    rates = {speaker: round(wer(records), 1) for speaker, records in sorted(errors.items())}
+    about["word errors"] = {"recogniser": recognizer.name, "percent": rates}
+    write_text(path, json.dumps(about, indent=2) + "\n")
+
+
 def write_readme(folder):
     """Write the README from the ``about.json`` of the parts that are there."""
     text = [_README_HEAD]
@@ -297,6 +324,14 @@ def write_readme(folder):
             "splits, no\nspeaker either. `speech/SPEAKERS.TXT` says which engine and voice a "
             "speaker is."
         )
+        if heard := speech.get("word errors"):
+            text.append(
+                f"\nWord errors of {heard['recogniser']} on the clean speech of each dev and test "
+                "voice\n(`--measure` of the script):\n\n| speaker | voice | WER |\n|---|---|---|"
+            )
+            names = {voice.speaker: f"{voice.split}: {voice}, {voice.sex}" for voice in VOICES}
+            for speaker, percent in heard["percent"].items():
+                text.append(f"| {speaker} | {names[speaker]} | {percent:.1f} % |")
     if noise := about.get("noise"):
         text.append(
             f"\n## Noise\n\n{', '.join(noise['classes'])}: {noise['recordings']} recordings of "
@@ -328,10 +363,13 @@ with a state: read a file from its beginning where samples are to be the same on
 
 The sentences come from the grammar in `tools/mini/grammar.py`, the noises from the formulas in
 `tools/mini/noises.py`: the project's own, under its licence (Apache-2.0). The speech is the
-output of two engines:
+output of four engines:
 
-- flite (Carnegie Mellon University, a permissive licence of BSD kind) with its voices awb, rms,
-  slt and kal16, all of Carnegie Mellon University and distributed with it under the same terms.
+- flite (Carnegie Mellon University, a permissive licence of BSD kind) with its voices awb, rms and
+  slt, all of Carnegie Mellon University and distributed with it under the same terms.
+- festival (University of Edinburgh and others, of BSD kind) with the voice kal of
+  Carnegie Mellon University, under such terms too.
+- pico (SVOX, Apache-2.0) with the voices that it comes with, by way of the Python package ttspico.
 - espeak-ng (GPL-3.0-or-later). The licence covers the program; what it speaks is not a
   work based on it.
 

@@ -112,8 +112,8 @@ MORE_VOICES = (
             "en-us+klatt en-us+klatt2 en-us+klatt5 en-us+Alex en-us+Denis en-us+Gene "
             "en-us+Henrique en-us+iven en-us+Jacky en-us+john en-us+Lee en-us+linda en-us+marcelo "
             "en-us+Marco en-us+Michael en-us+norbert en-us+pablo en-us+quincy en-us+rob "
-            "en-us+shelby en-us+travis en-us+victor en-us+zac en-us+anika en-us+belinda en-us+david "
-            "en-us+edward en-us+gustave en-us+max en-us+miguel en-us+paul".split()
+            "en-us+shelby en-us+travis en-us+victor en-us+zac en-us+anika en-us+belinda "
+            "en-us+david en-us+edward en-us+gustave en-us+max en-us+miguel en-us+paul".split()
         )
     ),
 )

@@ -1,0 +1,83 @@
+"""Choose how much of an enhancer's output to mix with its input: by likelihood, on dev mixtures.
+
+    python tools/choose_mix.py --enhancer results/enhance/1234 --asr_source openai/whisper-tiny.en \
+        --data_folder LibriSpeech --splits dev-clean --noise_folder noise
+
+For each share it prints by how much the negative log-likelihood per token of the true transcripts
+differs from that of the unprocessed mixtures, with a paired interval: at each SNR, up to 0 dB, from
+5 dB on, and in all. Below 0 is better. With ``--part test --each_snr`` it is a test.
+"""
+
+import argparse
+import math
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pi_finetune.data.loading import load_pairs
+from pi_finetune.enhancers import load_enhancer
+from pi_finetune.errors import command
+from pi_finetune.recognizers import load_recognizer
+from pi_finetune.results.statistics import bootstrap_ratio
+
+
+@command
+def main(argv=None):
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--enhancer", required=True)
+    parser.add_argument("--asr_source", required=True)
+    parser.add_argument("--data_folder", required=True)
+    parser.add_argument("--splits", nargs="+", required=True)
+    parser.add_argument("--noise_folder", required=True)
+    parser.add_argument("--part", default="dev", help="of the noises (%(default)s)")
+    parser.add_argument(
+        "--snrs", nargs="+", type=float, default=[-5, 0, 5, 10, 15, 20, math.inf], help="in dB"
+    )
+    parser.add_argument("--each_snr", action="store_true", help="every utterance at every SNR")
+    parser.add_argument("--mixes", nargs="+", type=float, default=[0.4, 0.6, 0.8, 1.0])
+    parser.add_argument("--count", type=int, help="utterances. Default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    pairs = load_pairs(
+        args.data_folder,
+        args.splits,
+        args.part,
+        args.noise_folder,
+        snrs=args.snrs,
+        seed=args.seed,
+        count=args.count,
+        each_snr=args.each_snr,
+    )
+    enhancer, recognizer = load_enhancer(args.enhancer).eval(), load_recognizer(args.asr_source)
+    found, snrs = [], []
+    for index in tqdm(range(len(pairs)), desc="mixtures", disable=None):
+        pair = pairs[index]
+        if pair["text"] is None:
+            continue
+        noisy, length = pair["noisy"], torch.tensor([len(pair["noisy"])])
+        with torch.no_grad():
+            enhanced = enhancer(noisy[None], length)[0]
+        wavs = torch.stack([noisy, *(mix * enhanced + (1 - mix) * noisy for mix in args.mixes)])
+        lengths, texts = length.expand(len(wavs)), [pair["text"]] * len(wavs)
+        found.append(recognizer.nll(wavs, lengths, texts))
+        snrs.append(math.inf if pair["snr"] is None else pair["snr"])
+    nats = np.array([[nll for nll, _ in row] for row in found])
+    tokens = np.array([row[0][1] for row in found])
+    snrs = np.array(snrs)
+    groups = {f"{snr:g} dB": snrs == snr for snr in sorted(set(snrs))}
+    groups |= {"up to 0 dB": snrs <= 0, "from 5 dB": snrs >= 5, "all": snrs > -math.inf}
+    for name, chosen in groups.items():
+        counts = tokens[chosen]
+        plain = nats[chosen, 0].sum() / counts.sum() if len(counts) else math.nan
+        print(f"{name}: {len(counts)} mixtures, unprocessed {plain:.3f}")
+        for column, mix in enumerate(args.mixes, start=1):
+            found = bootstrap_ratio(nats[chosen, column] - nats[chosen, 0], counts)
+            print(f"  mix {mix:.2f}: {found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
