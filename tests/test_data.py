@@ -20,7 +20,7 @@ from pi_finetune.data.loading import (
     sample_lengths,
 )
 from pi_finetune.data.mixing import NoiseMixer, mix_at_snr
-from pi_finetune.data.shards import write_shards
+from pi_finetune.data.shard_writer import write_shards
 from pi_finetune.errors import UserError
 
 

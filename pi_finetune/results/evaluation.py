@@ -32,9 +32,24 @@ def load_recognizers(sources):
     -------
     list
         One recogniser a source; empty for None.
+
+    Raises
+    ------
+    UserError
+        Two have the same name, under which both would keep their scores.
     """
     sources = [sources] if isinstance(sources, str) else sources or []
-    return [load_recognizer(str(source)) for source in sources]
+    recognizers = [load_recognizer(str(source)) for source in sources]
+    named = {}
+    for source, recognizer in zip(sources, recognizers):
+        if recognizer.name in named:
+            raise UserError(
+                f"asr_source: {named[recognizer.name]} and {source} are both named "
+                f"{recognizer.name!r}, under which their scores are kept. Rename one of the "
+                "folders (of one that train_asr.py wrote, the name in its asr.yaml)."
+            )
+        named[recognizer.name] = source
+    return recognizers
 
 
 def evaluate_system(
