@@ -267,7 +267,7 @@ def refuse_other_settings(folder, resolved):
     if not path.exists() or not any(folder.glob("save/CKPT*")):
         return  # nothing to resume
     old, new = (ruamel.yaml.YAML().load(text) for text in (path.read_text(), resolved))
-    for harmless in ("num_workers", "ckpt_interval_minutes", "checkpointer"):
+    for harmless in ("num_workers", "check_data", "ckpt_interval_minutes", "checkpointer"):
         old.pop(harmless, None), new.pop(harmless, None)
     # A key that an older version did not have and that is null is a feature not used.
     changed = [key for key in {**old, **new} if _text(old.get(key)) != _text(new.get(key))]

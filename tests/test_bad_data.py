@@ -11,8 +11,10 @@ import sys
 
 import numpy as np
 import pytest
+import soundfile
 from synthetic import write_audio
 
+from pi_finetune.data.checking import check_pairs, fault
 from pi_finetune.data.corpora import prepare_noise, prepare_speech
 from pi_finetune.data.loading import choose, load_pairs
 from pi_finetune.data.shard_writer import main as pack
@@ -198,6 +200,66 @@ def no_noise(folder):
     prepare_noise(folder, "train")
 
 
+def audio_pair(folder, name="1-1-0001.flac", wav=None, kept=1.0):
+    """A corpus whose file of that name is ``wav``, of which a share of the bytes is left."""
+    librispeech(folder)
+    path = folder / "dev" / "1" / "1" / name
+    if wav is not None or path.suffix != ".flac":
+        path.with_suffix(".flac").unlink()
+        kind = {"wav": ("WAV", "FLOAT"), "ogg": ("OGG", "VORBIS"), "mp3": ("MP3", None)}
+        container, subtype = kind.get(path.suffix[1:], ("FLAC", None))
+        wav = tone(2) if wav is None else wav
+        soundfile.write(path, wav, 16000, format=container, subtype=subtype)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    write_audio(folder / "noise" / "hiss-1.wav", tone(2))
+    return folder
+
+
+NOT_FINITE = np.concatenate([tone(), [np.nan], tone()]).astype("float32")
+
+
+@case("check_data", "a truncated FLAC file", r"0001\.flac: cannot be read to its end", kept=0.5)
+@case(
+    "check_data",
+    "a truncated WAV file",
+    r"0001\.wav: truncated, \d+ bytes are missing",
+    name="1-1-0001.wav",
+    kept=0.5,
+)
+@case(
+    "check_data",
+    "a truncated Ogg file",
+    r"0001\.ogg: truncated after \d\.\d\d s",
+    name="1-1-0001.ogg",
+    kept=0.8,
+)
+@case(
+    "check_data",
+    "a truncated MP3 file",
+    r"0001\.mp3: truncated after \d\.\d\d s",
+    name="1-1-0001.mp3",
+    kept=0.5,
+)
+@case("check_data", "a silent file", r"0001\.flac: is silent", wav=np.zeros(8000, "float32"))
+@case(
+    "check_data",
+    "a sample that is NaN",
+    r"1 of 3 audio files are bad.*\n.*0001\.wav: sample 8000 is NaN or infinite",
+    name="1-1-0001.wav",
+    wav=NOT_FINITE,
+)
+def bad_audio(folder, **how):
+    check_pairs(load_pairs(audio_pair(folder, **how), ["dev"], "dev", folder / "noise"))
+
+
+@case("check_data", "a silent noise recording", r"bark-1\.wav: is silent")
+def silent_noise(folder):
+    audio_pair(folder)
+    write_audio(folder / "noise" / "bark-1.wav", np.zeros(8000, "float32"))
+    check_pairs(load_pairs(folder, ["dev"], "dev", folder / "noise"))
+
+
 def test_cases_are_described_once():
     described = [(case["area"], case["input"]) for case in CASES]
     assert len(set(described)) == len(described)
@@ -255,6 +317,45 @@ def test_a_line_that_is_missing_is_named_in_the_log(tmp_path, caplog):
     (tmp_path / "dev" / "1" / "1" / "1-1.trans.txt").unlink()
     assert prepare_speech(tmp_path, ["dev"])["1-1-0000"]["text"] is None
     assert not caplog.text  # a corpus without transcripts is no mistake
+
+
+def test_data_without_fault_passes_the_check(tmp_path):
+    pairs = load_pairs(audio_pair(tmp_path), ["dev"], "dev", tmp_path / "noise")
+    assert check_pairs(pairs, pairs) == 3
+    # A WAV that was written to a pipe has an impossible size in its header, and lacks nothing.
+    path = tmp_path / "dev" / "1" / "1" / "1-1-0001.flac"
+    wav = path.with_suffix(".wav")
+    soundfile.write(wav, soundfile.read(path)[0], 16000)
+    content = wav.read_bytes()
+    place = content.index(b"data") + 4
+    for size in (b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"):
+        wav.write_bytes(content[:place] + size + content[place + 4 :])
+        assert fault(wav) is None
+
+
+def test_check_data_names_many_at_once(tmp_path):
+    librispeech(tmp_path, names=[f"1-1-{i:04d}" for i in range(30)])
+    for path in (tmp_path / "dev" / "1" / "1").iterdir():
+        write_audio(path, np.zeros(8000, np.float32))
+    write_audio(tmp_path / "noise" / "hiss-1.wav", tone(2))
+    pairs = load_pairs(tmp_path, ["dev"], "dev", tmp_path / "noise")
+    with pytest.raises(UserError, match=r"30 of 31 audio files") as caught:
+        check_pairs(pairs)
+    text = str(caught.value)
+    assert text.count("is silent") == 20 and text.endswith("... and 10 more")
+
+
+def test_training_checks_its_data_where_it_is_told(train, corpus, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    path = sorted((copy / "train").rglob("*.flac"))[3]
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(SystemExit):
+        train("mse", data_folder=copy, check_data=True)
+    error = capsys.readouterr().err
+    assert "check_data: 1 of " in error and f"{path}: cannot be read to its end" in error
+    assert not list(tmp_path.rglob("CKPT*"))
 
 
 def test_old_words_of_the_shard_writer_say_what_to_type(tmp_path):

@@ -46,14 +46,15 @@ class Member:
             return io.BytesIO(file.read(self.size))
 
 
-def _source(path):
+def source_of(path):
+    """What libsndfile opens: the path as text, or the bytes of a :class:`Member`."""
     return path.open() if isinstance(path, Member) else str(path)
 
 
 def audio_info(path):
     """Return ``audio_io.info(path)`` after checking that the file is 16 kHz, mono and not empty."""
     try:
-        info = audio_io.info(_source(path))
+        info = audio_io.info(source_of(path))
     except Exception as error:
         raise UserError(
             f"{path}: cannot be read as audio ({error}). Remove or replace the file."
@@ -66,7 +67,7 @@ def audio_info(path):
     if info.channels != 1:
         raise UserError(
             f"{path}: has {info.channels} channels, needed is one. "
-            "Convert it, e.g. with: sox IN OUT remix 1"
+            "Convert the folder with: python recipes/resample.py FOLDER NEW_FOLDER"
         )
     if info.frames == 0:
         raise UserError(f"{path}: holds no samples. Remove or replace the file.")
@@ -82,7 +83,7 @@ def read_audio(path, start=0, frames=-1):
         [T], float32.
     """
     try:
-        wav, rate = audio_io.load(_source(path), frame_offset=start, num_frames=frames)
+        wav, rate = audio_io.load(source_of(path), frame_offset=start, num_frames=frames)
     except Exception as error:
         raise UserError(
             f"{path}: cannot be read as audio ({error}). Remove or replace the file."

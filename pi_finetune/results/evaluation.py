@@ -3,14 +3,16 @@
 import glob
 import hashlib
 import json
+import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 from speechbrain.dataio import audio_io
 from speechbrain.utils.distributed import ddp_barrier
 from tqdm import tqdm
 
-from pi_finetune.data.audio import SAMPLE_RATE
+from pi_finetune.data.audio import SAMPLE_RATE, limit
 from pi_finetune.data.loading import collate, sample_lengths
 from pi_finetune.distributed import on_main, processes, rank
 from pi_finetune.enhancers import WEIGHTS_FILE
@@ -18,6 +20,8 @@ from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
 from pi_finetune.recognizers import likelihoods, load_recognizer
 from pi_finetune.results import metrics
+
+logger = logging.getLogger(__name__)
 
 
 def load_recognizers(sources):
@@ -243,6 +247,10 @@ def _keep_audio(folder, utterance, kinds):
     folder.mkdir(parents=True, exist_ok=True)
     for kind, wav in kinds.items():
         path = folder / f"{utterance}.{kind}.flac"
+        peak = float(np.abs(wav).max())
+        if peak > 1:  # FLAC has no float, and would clip
+            wav = limit(wav)
+            logger.warning(f"{path}: the peak is {peak:.2f} times full scale; it was limited.")
         audio_io.save(str(path), torch.from_numpy(wav.copy())[None], SAMPLE_RATE)
 
 
