@@ -98,12 +98,11 @@ PACKAGES = {
     "matplotlib": "pip install matplotlib: reports need it",
     "submitit": "pip install submitit: ablations need it",
     "gruut": "pip install gruut: phoneme recognition needs it",
-    "webdataset": "pip install webdataset: shards need it",
     "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",
 }
 #: Those whose libraries may not fit the machine or torch: they are imported to see.
 BINARY = ("torch", "torchaudio", "soundfile", "numba", "pesq")
-OPTIONAL = {"triton", "gruut", "webdataset", "onnxscript"}
+OPTIONAL = {"triton", "gruut", "onnxscript"}
 
 
 def parser():

@@ -13,6 +13,7 @@ from pi_finetune.brains.enhancement import EnhancementBrain
 from pi_finetune.brains.updates import start_run
 from pi_finetune.commands import parse
 from pi_finetune.config import build
+from pi_finetune.data.checking import check_pairs
 from pi_finetune.distributed import on_main
 from pi_finetune.enhancers import load_weights
 from pi_finetune.errors import command
@@ -57,6 +58,8 @@ def train(experiment, overrides=None, run_opts=None):
     """
     hparams, run_opts = start_run(__file__, experiment, overrides, run_opts)
     train_data, valid_data = dataio_prepare(hparams)
+    if hparams["check_data"]:
+        on_main(check_pairs, train_data, valid_data)
     modules = load_pretrained(hparams)
     hparams["checkpointer"].add_recoverable("enhancer", modules["enhancer"])
     brain = EnhancementBrain(

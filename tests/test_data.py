@@ -19,7 +19,7 @@ from pi_finetune.data.loading import (
     load_pairs,
 )
 from pi_finetune.data.mixing import NoiseMixer, mix_at_snr
-from pi_finetune.data.shards import write_shards
+from pi_finetune.data.shard_writer import write_shards
 from pi_finetune.errors import UserError
 
 

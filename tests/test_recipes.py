@@ -61,6 +61,28 @@ def test_resampling_keeps_what_16_khz_can_hold(tmp_path):
     assert (target / "log.txt").read_text() == "x bus 5\n"
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "opus"])
+def test_resampling_makes_one_channel_of_several(tmp_path, suffix):
+    """The mean, or the one that is named."""
+    time = np.arange(24000) / 48000
+    left, right = (0.3 * np.sin(2 * np.pi * f * time) for f in (500, 1500))
+    source = tmp_path / "48" / f"x.{suffix}"
+    source.parent.mkdir()
+    opus = {"format": "OGG", "subtype": "OPUS"} if suffix == "opus" else {}
+    soundfile.write(source, np.stack([left, right], axis=1), 48000, **opus)
+    for words, expected in (
+        ([], (left + right) / 2),
+        (["--channel", "1"], left),
+        (["--channel", "2"], right),
+    ):
+        target = tmp_path / f"16{''.join(words)}"
+        recipe("resample")([str(tmp_path / "48"), str(target), *words])
+        found, rate = soundfile.read(target / f"x.{suffix}")
+        assert rate == 16000 and found.ndim == 1
+        cut = slice(1000, 7000)
+        assert np.corrcoef(found[cut], expected[::3][cut])[0, 1] > 0.99
+
+
 def test_interrupted_resampling_continues(tmp_path, monkeypatch, capsys):
     for name in "abc":
         write_audio(tmp_path / "48" / f"{name}.wav", np.zeros(4800, np.float32), rate=48000)
@@ -93,8 +115,12 @@ def test_resampling_names_what_is_wrong(tmp_path, capsys):
     assert "no such folder" in error(source, tmp_path / "16")
     write_audio(source / "ch01.wav", np.zeros((2, 480), np.float32), rate=48000)
     assert "no audio file matches --pattern 'x*'" in error(source, tmp_path / "16", "--pattern=x*")
+    assert "ch01.wav: --channel 3 is not there; it has 2" in error(
+        source, tmp_path / "16", "--channel=3"
+    )
+    assert "--channel 0: channels count from 1" in error(source, tmp_path / "16", "--channel=0")
+    assert "--jobs 0: give the number" in error(source, tmp_path / "16", "--jobs=0")
     assert "lies in" in error(source, source / "16")
-    assert "ch01.wav: has 2 channels" in error(source, tmp_path / "16")
     (source / "ch01.wav").write_bytes(b"no audio")
     assert "ch01.wav: cannot be read" in error(source, tmp_path / "16")
 

@@ -334,7 +334,7 @@ def test_batches_of_similar_lengths_train_and_resume(train, tmp_path, monkeypatc
 
 
 def test_training_from_shards_is_training_from_the_folder(train, corpus, tmp_path):
-    from pi_finetune.data.shards import main
+    from pi_finetune.data.shard_writer import main
 
     main([str(corpus), str(tmp_path / "shards"), "--splits", "train", "dev"])
     folder = train("mse", "folder")

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.signal import resample_poly
 from speechbrain.dataio import audio_io
 
 from pi_finetune.errors import UserError
+from pi_finetune.files import shown
 
 SAMPLE_RATE = 16000
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
@@ -44,14 +46,15 @@ class Member:
             return io.BytesIO(file.read(self.size))
 
 
-def _source(path):
+def source_of(path):
+    """What libsndfile opens: the path as text, or the bytes of a :class:`Member`."""
     return path.open() if isinstance(path, Member) else str(path)
 
 
 def audio_info(path):
     """Return ``audio_io.info(path)`` after checking that the file is 16 kHz, mono and not empty."""
     try:
-        info = audio_io.info(_source(path))
+        info = audio_io.info(source_of(path))
     except Exception as error:
         raise UserError(
             f"{path}: cannot be read as audio ({error}). Remove or replace the file."
@@ -64,7 +67,7 @@ def audio_info(path):
     if info.channels != 1:
         raise UserError(
             f"{path}: has {info.channels} channels, needed is one. "
-            "Convert it, e.g. with: sox IN OUT remix 1"
+            "Convert the folder with: python recipes/resample.py FOLDER NEW_FOLDER"
         )
     if info.frames == 0:
         raise UserError(f"{path}: holds no samples. Remove or replace the file.")
@@ -80,7 +83,7 @@ def read_audio(path, start=0, frames=-1):
         [T], float32.
     """
     try:
-        wav, rate = audio_io.load(_source(path), frame_offset=start, num_frames=frames)
+        wav, rate = audio_io.load(source_of(path), frame_offset=start, num_frames=frames)
     except Exception as error:
         raise UserError(
             f"{path}: cannot be read as audio ({error}). Remove or replace the file."
@@ -131,9 +134,37 @@ def is_silent(wav):
     return float(wav.square().mean().sqrt()) < SILENCE_RMS
 
 
-def find_audio(folder):
-    """Return the sorted audio files under ``folder``; an error if there is no such folder."""
+def find_files(folder, chosen):
+    """Return the sorted files under ``folder`` for which ``chosen(name)`` is true.
+
+    Folders that are symbolic links are followed, unless they lead back to where they lie.
+
+    Raises
+    ------
+    UserError
+        There is no such folder, or the name of a chosen file is not UTF-8.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder.")
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+        raise UserError(f"{shown(folder)}: no such folder.")
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        real = here.resolve()
+        folders[:] = [
+            name
+            for name in folders
+            if not (here / name).is_symlink() or not real.is_relative_to((here / name).resolve())
+        ]
+        found += [here / name for name in names if chosen(name)]
+    for path in found:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{shown(path)}: the name is not UTF-8. Rename the file.") from None
+    return sorted(found)
+
+
+def find_audio(folder):
+    """Return the sorted audio files under ``folder``; see :func:`find_files`."""
+    return find_files(folder, lambda name: Path(name).suffix.lower() in AUDIO_SUFFIXES)

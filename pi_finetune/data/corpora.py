@@ -7,15 +7,20 @@ the corpus states it, ``"snr"`` and ``"noise_class"``.
 """
 
 import fnmatch
+import logging
+import math
 import re
 import zlib
 from pathlib import Path
 
 from tqdm import tqdm
 
-from pi_finetune.data.audio import SAMPLE_RATE, audio_info, find_audio
+from pi_finetune.data.audio import SAMPLE_RATE, audio_info, find_audio, find_files
 from pi_finetune.data.shards import is_shards, prepare_shards
+from pi_finetune.data.texts import read_lines, read_table
 from pi_finetune.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_speech(folder, splits, min_seconds=0.1):
@@ -67,11 +72,7 @@ def prepare_librispeech(folder, splits):
     manifest = {}
     for split in chosen:
         files = find_audio(split)
-        texts = {}
-        for transcript in split.rglob("*.trans.txt"):
-            for line in transcript.read_text(encoding="utf-8").splitlines():
-                utterance, _, text = line.strip().partition(" ")
-                texts[utterance] = text
+        texts = read_transcripts(split)
         for path in tqdm(
             files, desc=f"reading {split.name}", leave=False, disable=len(files) < 500
         ):
@@ -83,12 +84,38 @@ def prepare_librispeech(folder, splits):
                 "speaker": path.stem.split("-")[0],
                 "text": texts.get(path.stem),
             }
+        untranscribed = [path for path in files if path.stem not in texts]
+        if texts and untranscribed:
+            logger.warning(
+                f"{split}: {len(untranscribed)} of {len(files)} utterances have no line in a "
+                f"*.trans.txt, the first is {untranscribed[0]}. They count in no word error rate."
+            )
     if not manifest:
         raise UserError(
             f"data_folder: no audio in {', '.join(str(s) for s in chosen)}; expected "
             "SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac."
         )
     return dict(sorted(manifest.items()))
+
+
+def read_transcripts(folder):
+    """The transcripts ``{id: text}`` of all ``*.trans.txt`` under a folder.
+
+    Raises
+    ------
+    UserError
+        A line is damaged (see :mod:`pi_finetune.data.texts`), or an id has two lines.
+    """
+    texts, origin = {}, {}
+    for path in find_files(folder, lambda name: name.endswith(".trans.txt")):
+        for key, (number, text) in read_table(path).items():
+            if key in texts:
+                raise UserError(
+                    f"{path}, line {number}: {key} has a line already, {origin[key]}. "
+                    "Remove one of them."
+                )
+            texts[key], origin[key] = text, f"{path}, line {number}"
+    return texts
 
 
 def _matching_folders(folder, patterns):
@@ -127,6 +154,7 @@ def _voicebank(folder, splits):
         if not clean_folders:
             raise UserError(f"data_folder: {folder} has no clean_{kind}*_wav for split {split!r}.")
         log = _voicebank_log(folder, kind)
+        before, untranscribed = len(manifest), []
         for clean_folder in clean_folders:
             noisy_folder = folder / clean_folder.name.replace("clean_", "noisy_", 1)
             text_folder = folder / f"{clean_folder.name[len('clean_') : -len('_wav')]}_txt"
@@ -142,27 +170,61 @@ def _voicebank(folder, splits):
                 if audio_info(noisy).frames != frames:
                     raise UserError(f"{noisy}: not as long as {clean}.")
                 text = text_folder / f"{clean.stem}.txt"
+                if text_folder.is_dir() and not text.is_file():
+                    untranscribed.append(text)
                 manifest[clean.stem] = {
                     "wav": str(clean),
                     "noisy": str(noisy),
                     "duration": frames / SAMPLE_RATE,
                     "speaker": speaker,
-                    "text": text.read_text(encoding="utf-8").strip() if text.is_file() else None,
+                    "text": _voicebank_text(text) if text.is_file() else None,
                     **log.get(clean.stem, {}),
                 }
+        if untranscribed:
+            logger.warning(
+                f"{len(untranscribed)} utterances of split {split!r} have no transcript, the first "
+                f"is {untranscribed[0]}. They count in no word error rate."
+            )
+        if len(manifest) == before and kind == "trainset" and name != "train":
+            raise UserError(
+                f"data_folder: {folder} has no utterance of {' or '.join(_VOICEBANK_DEV_SPEAKERS)}"
+                ", the speakers of the training set that are its dev set. Put their files into "
+                f"{clean_folders[0].name} and its noisy folder, or choose another split, e.g. "
+                '--valid_splits "[test]".'
+            )
     if not manifest:
         raise UserError(f"data_folder: {folder} holds no utterance of the splits {splits}.")
     return dict(sorted(manifest.items()))
 
 
+def _voicebank_text(path):
+    text = " ".join(line for _, line in read_lines(path))
+    if not text:
+        raise UserError(f"{path}: is empty. Write the transcript into it, or remove the file.")
+    return text
+
+
 def _voicebank_log(folder, kind):
     """Noise class and SNR from the corpus's own log files, lines ``p232_001 bus 12.5``."""
-    entries = {}
+    entries, origin = {}, {}
     for path in sorted(folder.glob(f"log_{kind}*.txt")):
-        for line in path.read_text().splitlines():
+        for number, line in read_lines(path):
+            place = f"{path}, line {number}"
             fields = line.split()
-            if len(fields) == 3:
-                entries[fields[0]] = {"noise_class": fields[1], "snr": float(fields[2])}
+            try:
+                key, noise, snr = fields
+                snr = float(snr)
+            except ValueError:
+                snr = math.nan
+            if not math.isfinite(snr):
+                raise UserError(
+                    f"{place}: expected id, noise and SNR in dB, like 'p232_001 bus 12.5', "
+                    f"found {line!r}. Correct the line, or remove the file."
+                )
+            entry = {"noise_class": noise, "snr": snr}
+            if entries.setdefault(key, entry) != entry:
+                raise UserError(f"{place}: {key} has another line already, {origin[key]}.")
+            origin[key] = place
     return entries
 
 

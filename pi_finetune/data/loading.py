@@ -286,6 +286,11 @@ def choose(manifest, count, max_seconds=None, seed=0):
     Speakers take turns; within a speaker the order is drawn with ``seed``. The
     choice of a smaller count is contained in that of a larger one.
     """
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise UserError(
+            f"{count} utterances were asked for. Give a whole number from 1 on, or null for all "
+            "(valid_utterances, test_utterances)."
+        )
     by_speaker = {}
     for key, entry in manifest.items():
         if max_seconds is None or entry["duration"] <= max_seconds:

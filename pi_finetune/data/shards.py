@@ -1,20 +1,16 @@
-"""Speech in WebDataset shards: few large tar files in place of many small ones.
+"""Reading speech from WebDataset shards: few large tar files in place of many small ones.
 
-    python -m pi_finetune.data.shards LibriSpeech shards --splits "train*"
-
-writes ``shards/train-clean-100-000000.tar`` and so on, which any WebDataset reader takes; in turn
-shards written by others are read, if a sample has an audio file and at most one ``.txt`` (its
-transcript) or ``.json`` (``text``, ``speaker``).
+:mod:`pi_finetune.data.shard_writer` writes them. Those written by others are read, if a sample has
+one audio file and at most one ``.txt`` (its transcript) or ``.json`` (``text``, ``speaker``).
 
 Samples are read by their place in the file, not in a stream: so order, crops and mixtures are the
 same function of seed, pass and id as with folders, and a resumed run continues exactly.
 """
 
-import argparse
 import fnmatch
 import json
-import os
 import re
+import shlex
 import sys
 import tarfile
 from pathlib import Path
@@ -23,8 +19,8 @@ import braceexpand
 from tqdm import tqdm
 
 from pi_finetune.data.audio import AUDIO_SUFFIXES, SAMPLE_RATE, Member, audio_info
-from pi_finetune.errors import UserError, command
-from pi_finetune.files import replacing, write_text
+from pi_finetune.errors import UserError
+from pi_finetune.files import write_text
 
 
 def is_shards(folder):
@@ -70,7 +66,7 @@ def prepare_shards(source, splits):
                 "--test_splits."
             )
         for shard in tqdm(chosen, desc="reading shards", leave=False, disable=len(chosen) < 20):
-            for key, entry in _index(shard).items():
+            for key, entry in index_shard(shard).items():
                 if key in manifest and manifest[key]["wav"].shard != str(shard):
                     raise UserError(
                         f"{shard}: the id {key} is also in {manifest[key]['wav'].shard}."
@@ -84,8 +80,23 @@ def _split(shard):
     return re.sub(r"-?\d+$", "", shard.stem)
 
 
-def _index(shard):
-    """What is in a shard; from its index if that is of this very file."""
+def index_shard(shard):
+    """What is in a shard, from ``SHARD.index.json`` if that is of this very file.
+
+    Arguments
+    ---------
+    shard : Path
+
+    Returns
+    -------
+    dict
+        ``{id: {"member": [name, offset, bytes], "duration", "speaker", "text"}}``.
+
+    Raises
+    ------
+    UserError
+        It is no shard, holds no audio, or a sample is damaged or ambiguous.
+    """
     index_file = shard.with_name(f"{shard.name}.index.json")
     stat = shard.stat()
     made_from = [stat.st_size, stat.st_mtime_ns]
@@ -106,12 +117,22 @@ def _index(shard):
                 sample = samples.setdefault(key, {})
                 place = [member.name, member.offset_data, member.size]
                 if f".{suffix.lower()}" in AUDIO_SUFFIXES:
+                    if "member" in sample:
+                        raise UserError(
+                            f"{shard}: {key} has two audio files, {sample['member'][0]} and "
+                            f"{member.name}. Pack one a sample."
+                        )
                     info = audio_info(Member(str(shard), *place))
                     sample |= {"member": place, "duration": info.frames / SAMPLE_RATE}
                 elif suffix == "txt":
-                    sample["text"] = tar.extractfile(member).read().decode().strip()
+                    sample["text"] = _decoded(tar, member, shard).strip()
                 elif suffix == "json":
-                    described = json.loads(tar.extractfile(member).read())
+                    try:
+                        described = dict(json.loads(_decoded(tar, member, shard)))
+                    except (TypeError, json.JSONDecodeError) as error:
+                        raise UserError(
+                            f"{shard}: {member.name} is no JSON mapping ({error})."
+                        ) from None
                     sample |= {k: described[k] for k in ("text", "speaker") if k in described}
     except (tarfile.TarError, EOFError, ValueError) as error:
         if isinstance(error, UserError):
@@ -131,72 +152,15 @@ def _index(shard):
     return samples
 
 
-def write_shards(folder, output, splits, megabytes=500):
-    """Copy a corpus folder into shards, without changing its audio.
-
-    Arguments
-    ---------
-    folder, splits
-        As for :func:`pi_finetune.data.corpora.prepare_speech`.
-    output : str or Path
-        Folder for ``SPLIT-NNNNNN.tar``; a split's name has its pattern's ``*`` taken off.
-    megabytes : float
-        About the size of a shard.
-
-    Returns
-    -------
-    list of Path
-        The shards. Each appears when it is complete.
-    """
-    import webdataset  # reading does without
-
-    from pi_finetune.data.corpora import prepare_speech  # which imports this module
-
-    written = []
-    for split in splits:
-        name = split.strip("*-_ ") or "speech"
-        manifest = prepare_speech(folder, [split])
-        if any("noisy" in entry for entry in manifest.values()):
-            raise UserError(
-                f"{folder}: has noisy files of its own, for which shards have no place."
-            )
-        batch, size = [], 0
-        batches = [batch]
-        for key, entry in manifest.items():
-            if size > megabytes * 1e6:
-                batch, size = [], 0
-                batches.append(batch)
-            batch.append((key, entry))
-            size += os.path.getsize(entry["wav"])
-        for number, batch in enumerate(batches):
-            path = Path(output) / f"{name}-{number:06d}.tar"
-            with replacing(path) as temporary, webdataset.TarWriter(str(temporary)) as tar:
-                for key, entry in batch:
-                    if "." in key:
-                        raise UserError(f"{entry['wav']}: WebDataset allows no dot in an id.")
-                    wav = Path(entry["wav"])
-                    described = {"text": entry["text"], "speaker": entry["speaker"]}
-                    audio = {wav.suffix[1:].lower(): wav.read_bytes()}
-                    tar.write({"__key__": key, **audio, "json": json.dumps(described).encode()})
-            _index(path)
-            written.append(path)
-    return written
-
-
-@command
-def main(argv):
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pi_finetune.data.shards", description=__doc__)
-    parser.add_argument("folder", help="a corpus folder, e.g. in LibriSpeech's layout")
-    parser.add_argument("output", help="folder of the shards")
-    parser.add_argument("--splits", nargs="+", required=True, help="names or patterns")
-    parser.add_argument("--megabytes", type=float, default=500, help="size of a shard; default 500")
-    arguments = parser.parse_args(argv)
-    for path in write_shards(
-        arguments.folder, arguments.output, arguments.splits, arguments.megabytes
-    ):
-        print(path)
+def _decoded(tar, member, shard):
+    try:
+        return tar.extractfile(member).read().decode()
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{shard}: {member.name} is not UTF-8. Convert it and pack the shard anew."
+        ) from None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    words = ["python", "-m", "pi_finetune.data.shard_writer", *sys.argv[1:]]
+    sys.exit(f"error: type: {shlex.join(words)}")

@@ -3,14 +3,16 @@
 import glob
 import hashlib
 import json
+import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 from speechbrain.dataio import audio_io
 from speechbrain.utils.distributed import ddp_barrier
 from tqdm import tqdm
 
-from pi_finetune.data.audio import SAMPLE_RATE
+from pi_finetune.data.audio import SAMPLE_RATE, limit
 from pi_finetune.data.loading import collate
 from pi_finetune.distributed import on_main, processes, rank
 from pi_finetune.enhancers import WEIGHTS_FILE
@@ -18,6 +20,8 @@ from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
 from pi_finetune.recognizers import likelihoods, load_recognizer
 from pi_finetune.results import metrics
+
+logger = logging.getLogger(__name__)
 
 
 def load_recognizers(sources):
@@ -32,9 +36,24 @@ def load_recognizers(sources):
     -------
     list
         One recogniser a source; empty for None.
+
+    Raises
+    ------
+    UserError
+        Two have the same name, under which both would keep their scores.
     """
     sources = [sources] if isinstance(sources, str) else sources or []
-    return [load_recognizer(str(source)) for source in sources]
+    recognizers = [load_recognizer(str(source)) for source in sources]
+    named = {}
+    for source, recognizer in zip(sources, recognizers):
+        if recognizer.name in named:
+            raise UserError(
+                f"asr_source: {named[recognizer.name]} and {source} are both named "
+                f"{recognizer.name!r}, under which their scores are kept. Rename one of the "
+                "folders (of one that train_asr.py wrote, the name in its asr.yaml)."
+            )
+        named[recognizer.name] = source
+    return recognizers
 
 
 def evaluate_system(
@@ -225,6 +244,10 @@ def _keep_audio(folder, utterance, kinds):
     folder.mkdir(parents=True, exist_ok=True)
     for kind, wav in kinds.items():
         path = folder / f"{utterance}.{kind}.flac"
+        peak = float(np.abs(wav).max())
+        if peak > 1:  # FLAC has no float, and would clip
+            wav = limit(wav)
+            logger.warning(f"{path}: the peak is {peak:.2f} times full scale; it was limited.")
         audio_io.save(str(path), torch.from_numpy(wav.copy())[None], SAMPLE_RATE)
 
 

@@ -1,0 +1,103 @@
+"""Packing a corpus into WebDataset shards.
+
+    python -m pi_finetune.data.shard_writer LibriSpeech shards --splits "train*"
+
+writes ``shards/train-000000.tar`` and so on, which any WebDataset reader takes.
+
+Only packing is done here; :mod:`pi_finetune.data.shards` reads.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+from pi_finetune.data.corpora import prepare_speech
+from pi_finetune.data.shards import index_shard
+from pi_finetune.errors import UserError, command
+from pi_finetune.files import replacing
+
+
+def write_shards(folder, output, splits, megabytes=500):
+    """Copy a corpus folder into shards, without changing its audio.
+
+    Arguments
+    ---------
+    folder, splits
+        As for :func:`pi_finetune.data.corpora.prepare_speech`.
+    output : str or Path
+        Folder for ``SPLIT-NNNNNN.tar``; a split's name has its pattern's ``*`` taken off.
+    megabytes : float
+        About the size of a shard.
+
+    Returns
+    -------
+    list of Path
+        The shards. Each appears when it is complete.
+
+    Raises
+    ------
+    UserError
+        The corpus has noisy files of its own, an id has a dot, or ``megabytes`` is not positive.
+    """
+    if not megabytes > 0:
+        raise UserError(f"--megabytes {megabytes}: give the size of a shard, above 0.")
+    written = []
+    for split in splits:
+        name = split.strip("*-_ ") or "speech"
+        manifest = prepare_speech(folder, [split])
+        if any("noisy" in entry for entry in manifest.values()):
+            raise UserError(
+                f"{folder}: has noisy files of its own, for which shards have no place."
+            )
+        batch, size = [], 0
+        batches = [batch]
+        for key, entry in manifest.items():
+            if "." in key:
+                raise UserError(f"{entry['wav']}: WebDataset allows no dot in an id.")
+            if size > megabytes * 1e6:
+                batch, size = [], 0
+                batches.append(batch)
+            batch.append((key, entry))
+            size += os.path.getsize(entry["wav"])
+        for number, batch in enumerate(batches):
+            path = Path(output) / f"{name}-{number:06d}.tar"
+            with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
+                for key, entry in batch:
+                    wav = Path(entry["wav"])
+                    described = {"text": entry["text"], "speaker": entry["speaker"]}
+                    _add(tar, f"{key}{wav.suffix.lower()}", wav.read_bytes())
+                    _add(tar, f"{key}.json", json.dumps(described).encode())
+            index_shard(path)
+            written.append(path)
+    return written
+
+
+def _add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(content), 0o444
+    tar.addfile(member, io.BytesIO(content))
+
+
+@command
+def main(argv):
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pi_finetune.data.shard_writer", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("folder", help="a corpus folder, e.g. in LibriSpeech's layout")
+    parser.add_argument("output", help="folder of the shards")
+    parser.add_argument("--splits", nargs="+", required=True, help="names or patterns")
+    parser.add_argument("--megabytes", type=float, default=500, help="size of a shard; default 500")
+    arguments = parser.parse_args(argv)
+    for path in write_shards(
+        arguments.folder, arguments.output, arguments.splits, arguments.megabytes
+    ):
+        print(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
