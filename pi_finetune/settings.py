@@ -167,6 +167,7 @@ SETTINGS = _table(
     test_utterances=(or_null(COUNT), "test utterances; null: all"),
     utterances=(or_null(COUNT), "utterances that are measured; null: all"),
     max_seconds=(or_null(SECONDS), "longest utterance that is allowed"),
+    check_data=(FLAG, "whether all audio is read once before training", IRRELEVANT),
     num_workers=(whole(0), "processes that load data", IRRELEVANT),
     workers=(or_null(COUNT), "processes", IRRELEVANT),
     # Training
