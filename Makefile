@@ -38,6 +38,7 @@ lint: setup
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/ruff" check .
 	"$(BIN)/mypy"
+	"$(BIN)/lint-imports"
 
 docs: $(VENV)/.docs
 	"$(BIN)/sphinx-build" -q -W --keep-going -d build/doctrees docs site

@@ -27,13 +27,15 @@ from speechbrain.integrations.huggingface.hubert import HuBERT
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from pi_finetune.config import load_hparams
+from pi_finetune.config import build, load_hparams
 from pi_finetune.data.audio import SAMPLE_RATE
 from pi_finetune.data.loading import UpdateSampler, collate
+from pi_finetune.enhancers import load_weights
 from pi_finetune.files import write_text
 from pi_finetune.lengths import Waveforms, shares
 from pi_finetune.perturbations import NoPerturbation
 from pi_finetune.seeding import utterance_rng
+from pi_finetune.teacher import Teacher
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 VARIANTS = ("mse", "soft_dtw", "soft_dtw_no_speed", "speechbrain_mse")
@@ -73,8 +75,9 @@ class Ours:
     def __init__(self, name, options, teacher, device):
         strategy, overrides = name, {"strategy": name, "asr_source": None, **options}
         hparams, _ = load_hparams(ROOT / "hparams" / f"{strategy}.yaml", overrides)
-        self.data = hparams["train_data"]
-        self.enhancer = hparams["enhancer"].to(device).train()
+        self.data = build(hparams["train_data"])
+        self.enhancer = load_weights(hparams["enhancer"], hparams["enhancer_weights"])
+        self.enhancer.to(device).train()
         self.optimizer = hparams["opt_class"](self.enhancer.parameters())
         self.objective = hparams["objective"].terms["representation"]
         self.objective.teacher = teacher
@@ -146,8 +149,7 @@ def measure(arguments, folder):
     source = arguments.teacher_source or random_base(pathlib.Path(folder) / "base")
     options = {"segment_seconds": arguments.seconds, "teacher_source": source}
     first = Ours("mse", options, None, device)
-    teacher = load_hparams(ROOT / "hparams/mse.yaml", {**options, "asr_source": None})[0]["teacher"]
-    teacher.to(device)
+    teacher = Teacher(source).to(device)
     variants = {
         name: Plain(options, source, device)
         if name == "speechbrain_mse"

@@ -56,7 +56,7 @@ def test_a_command_is_its_recipe(started, tmp_path, monkeypatch, argv, recipe, p
 def test_own_file_anywhere_extends_a_shipped_one(tmp_path):
     (tmp_path / "own.yaml").write_text(
         "extends: si_sdr.yaml\nstrategy: own\nenhancer: !include:enhancers/unet.yaml\n"
-        "    channels: 2\nasr_source: null\n"
+        "    channels: 2\nasr_source: null\nselect_by: si_sdr\n"
     )
     hparams, _ = load_hparams(tmp_path / "own.yaml", {"results_folder": str(tmp_path)})
     assert hparams["output_folder"].endswith("own/1234")

@@ -136,7 +136,9 @@ def test_a_key_of_before_says_what_to_type_now(tmp_path, key, value, now):
 
 
 def test_references_to_a_preset_s_values_say_what_to_type_now(tmp_path):
-    (tmp_path / "own.yaml").write_text("extends: soft_dtw.yaml\ngamma: !ref <teacher_preset[gamma]>\n")
+    (tmp_path / "own.yaml").write_text(
+        "extends: soft_dtw.yaml\ngamma: !ref <teacher_preset[gamma]>\n"
+    )
     with pytest.raises(UserError, match=r"own.yaml: <teacher_preset\[...\]> has no values: write"):
         load_hparams(tmp_path / "own.yaml")
 
