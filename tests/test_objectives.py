@@ -158,6 +158,27 @@ def test_signal_losses_do_not_depend_on_padding(loss):
     assert loss(x, x, lengths).max() < whole.min()
 
 
+def test_l1_stft_is_that_of_plain_fourier_sums():
+    """NumPy in float64, one utterance and one frame at a time."""
+
+    def magnitudes(wav, size):
+        hop, padded = size // 4, np.pad(wav, size // 2)
+        window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
+        starts = range(0, len(wav) // hop * hop + 1, hop)
+        return np.array([abs(np.fft.rfft(window * padded[s : s + size])) for s in starts])
+
+    lengths = [2000, 1777, 600]
+    (x, lengths_), (y, _) = batch(lengths), batch(lengths, seed=1)
+    sizes = (400, 600)
+    expected = []
+    for a, b, length in zip(x.double().numpy(), y.double().numpy(), lengths):
+        a, b = a[:length], b[:length]
+        spectra = [abs(magnitudes(a, size) - magnitudes(b, size)).mean() for size in sizes]
+        expected.append(abs(a - b).mean() + np.mean(spectra))
+    found = L1STFTLoss(sizes)(y, x, lengths_)
+    torch.testing.assert_close(found.double(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
 def test_signal_losses_survive_silence():
     clean = torch.zeros(1, 4000)
     for loss in (SISDRLoss(), L1STFTLoss()):
@@ -244,6 +265,15 @@ def test_weighted_sum_drops_zero_weights():
     total = WeightedSum({"a": SISDRLoss(), "b": L1STFTLoss()}, {"a": 2, "b": 0})
     torch.testing.assert_close(total(y, x, lengths, None), 2 * SISDRLoss()(y, x, lengths))
     assert list(total.terms) == ["a"]
+
+
+def test_weighted_sum_hands_on_the_draws(teacher):
+    objective = RepresentationObjective(teacher, MSEDistance(), ZeroPadding(0.1))
+    total = WeightedSum({"a": objective, "b": SISDRLoss()}, {"a": 0.5, "b": 1})
+    x, lengths = batch([8000, 5000])
+    y, _ = batch([8000, 5000], seed=1)
+    expected = 0.5 * objective(y, x, lengths, rngs(2)) + SISDRLoss()(y, x, lengths)
+    torch.testing.assert_close(total(y, x, lengths, rngs(2)), expected)
 
 
 def test_draws_depend_on_all_parts_of_the_key():
