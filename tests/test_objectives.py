@@ -110,6 +110,20 @@ def test_warped_mse_of_a_linear_ramp_is_zero_at_any_length():
     assert WarpedMSEDistance()(same, lengths, same, lengths).abs().max() == 0
 
 
+def test_warped_mse_is_that_of_interpolated_frames():
+    """NumPy in float64, utterance by utterance, beside padding that holds what must not be read."""
+    (x, x_lengths), (y, y_lengths) = batch([9, 4, 7, 1], dim=3), batch([6, 10, 7, 3], 1, dim=3)
+    expected = []
+    for a, b, n, m in zip(x.double(), y.double(), x_lengths.tolist(), y_lengths.tolist()):
+        places = (np.arange(n) + 0.5) * m / n - 0.5
+        warped = np.stack([np.interp(places, np.arange(m), b[:m, d]) for d in range(3)], axis=1)
+        expected.append(((a[:n].numpy() - warped) ** 2).mean())
+    for i, (n, m) in enumerate(zip(x_lengths, y_lengths)):
+        x[i, n:], y[i, m:] = 1e3, -1e3
+    found = WarpedMSEDistance()(x, x_lengths, y, y_lengths)
+    torch.testing.assert_close(found.double(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
 def test_soft_dtw_distance_is_a_divergence_and_sees_no_scale():
     x, x_lengths = batch([20, 15], dim=8)
     y, y_lengths = batch([25, 12], seed=1, dim=8)
