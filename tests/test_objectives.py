@@ -110,6 +110,20 @@ def test_warped_mse_of_a_linear_ramp_is_zero_at_any_length():
     assert WarpedMSEDistance()(same, lengths, same, lengths).abs().max() == 0
 
 
+def test_warped_mse_is_that_of_interpolated_frames():
+    """NumPy in float64, utterance by utterance, beside padding that holds what must not be read."""
+    (x, x_lengths), (y, y_lengths) = batch([9, 4, 7, 1], dim=3), batch([6, 10, 7, 3], 1, dim=3)
+    expected = []
+    for a, b, n, m in zip(x.double(), y.double(), x_lengths.tolist(), y_lengths.tolist()):
+        places = (np.arange(n) + 0.5) * m / n - 0.5
+        warped = np.stack([np.interp(places, np.arange(m), b[:m, d]) for d in range(3)], axis=1)
+        expected.append(((a[:n].numpy() - warped) ** 2).mean())
+    for i, (n, m) in enumerate(zip(x_lengths, y_lengths)):
+        x[i, n:], y[i, m:] = 1e3, -1e3
+    found = WarpedMSEDistance()(x, x_lengths, y, y_lengths)
+    torch.testing.assert_close(found.double(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
 def test_soft_dtw_distance_is_a_divergence_and_sees_no_scale():
     x, x_lengths = batch([20, 15], dim=8)
     y, y_lengths = batch([25, 12], seed=1, dim=8)
@@ -156,6 +170,27 @@ def test_signal_losses_do_not_depend_on_padding(loss):
     whole.sum().backward()
     assert torch.isfinite(y.grad).all() and not y.grad[1, 2400:].any()
     assert loss(x, x, lengths).max() < whole.min()
+
+
+def test_l1_stft_is_that_of_plain_fourier_sums():
+    """NumPy in float64, one utterance and one frame at a time."""
+
+    def magnitudes(wav, size):
+        hop, padded = size // 4, np.pad(wav, size // 2)
+        window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
+        starts = range(0, len(wav) // hop * hop + 1, hop)
+        return np.array([abs(np.fft.rfft(window * padded[s : s + size])) for s in starts])
+
+    lengths = [2000, 1777, 600]
+    (x, lengths_), (y, _) = batch(lengths), batch(lengths, seed=1)
+    sizes = (400, 600)
+    expected = []
+    for a, b, length in zip(x.double().numpy(), y.double().numpy(), lengths):
+        a, b = a[:length], b[:length]
+        spectra = [abs(magnitudes(a, size) - magnitudes(b, size)).mean() for size in sizes]
+        expected.append(abs(a - b).mean() + np.mean(spectra))
+    found = L1STFTLoss(sizes)(y, x, lengths_)
+    torch.testing.assert_close(found.double(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_signal_losses_survive_silence():
@@ -244,6 +279,15 @@ def test_weighted_sum_drops_zero_weights():
     total = WeightedSum({"a": SISDRLoss(), "b": L1STFTLoss()}, {"a": 2, "b": 0})
     torch.testing.assert_close(total(y, x, lengths, None), 2 * SISDRLoss()(y, x, lengths))
     assert list(total.terms) == ["a"]
+
+
+def test_weighted_sum_hands_on_the_draws(teacher):
+    objective = RepresentationObjective(teacher, MSEDistance(), ZeroPadding(0.1))
+    total = WeightedSum({"a": objective, "b": SISDRLoss()}, {"a": 0.5, "b": 1})
+    x, lengths = batch([8000, 5000])
+    y, _ = batch([8000, 5000], seed=1)
+    expected = 0.5 * objective(y, x, lengths, rngs(2)) + SISDRLoss()(y, x, lengths)
+    torch.testing.assert_close(total(y, x, lengths, rngs(2)), expected)
 
 
 def test_draws_depend_on_all_parts_of_the_key():

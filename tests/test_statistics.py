@@ -9,7 +9,9 @@ from scipy import stats
 from pi_finetune.results.statistics import (
     Bootstrap,
     area_under_curve,
+    bootstrap_ratio,
     holm,
+    ratio_fields,
     seed_interval,
     updates_to_reach,
 )
@@ -176,7 +178,8 @@ def test_bad_options_name_the_argument():
 def test_holm_against_values_computed_by_hand():
     # Sorted .01 .02 .03 .04: times 4, 3, 2, 1 = .04 .06 .06 .04, and never falling.
     assert holm([0.01, 0.04, 0.03, 0.02]).tolist() == pytest.approx([0.04, 0.06, 0.06, 0.06])
-    assert holm([0.5, 0.9]).tolist() == [1.0, 1.0]
+    assert holm([0.5, 0.9]).tolist() == holm([0.8, 0.9]).tolist() == [1.0, 1.0]
+    assert holm([0.0, 1.0]).tolist() == [0.0, 1.0]
     assert holm([0.02]).tolist() == [0.02]
     assert holm([]).tolist() == []
     with_gap = holm([0.01, math.nan, 0.02])
@@ -190,7 +193,13 @@ def test_seed_interval_against_scipys_t_interval():
     ours = seed_interval(values, 0.9)
     theirs = stats.t.interval(0.9, 3, np.mean(values), stats.sem(values))
     assert (ours.low, ours.high) == pytest.approx(theirs) and ours.estimate == 12
-    assert math.isnan(seed_interval([3.0]).low)
+    one = seed_interval([3.0])
+    assert one.estimate == 3 and math.isnan(one.low) and math.isnan(one.high)
+    two = seed_interval([3.0, 4.0])
+    assert (two.low, two.high) == pytest.approx(stats.t.interval(0.95, 1, 3.5, 0.5))
+    for nothing in ([], 3.0, [[3.0]]):
+        with pytest.raises(ValueError, match="values must be a sequence"):
+            seed_interval(nothing)
 
 
 def test_updates_to_reach_in_both_directions():
@@ -198,6 +207,8 @@ def test_updates_to_reach_in_both_directions():
     assert updates_to_reach(updates, wer, 15.0, higher_is_better=False) == 200
     assert updates_to_reach(updates, wer, 14.9, higher_is_better=False) == math.inf
     assert updates_to_reach(updates, wer, 16.0, higher_is_better=True) == 100
+    assert updates_to_reach(updates, [15.0, 16.0, 17.0], 16.0, higher_is_better=True) == 200
+    assert updates_to_reach(updates, [None, 15.0, None], 15.0, higher_is_better=False) == 200
 
 
 def test_area_is_the_mean_height_over_the_span():
@@ -206,3 +217,34 @@ def test_area_is_the_mean_height_over_the_span():
     assert area_under_curve([0, 50, 100], [4, 0, 4], 25, 75) == pytest.approx(1)
     with pytest.raises(ValueError, match="span"):
         area_under_curve([0, 100], [0, 10], 0, 200)
+    with pytest.raises(ValueError, match=r"the span 50\.\.50 must lie in 0\.0\.\.100\.0"):
+        area_under_curve([0, 70, 100], [0, 1, 10], 50, 50)
+
+
+def test_a_ratio_of_means_is_resampled_in_pairs():
+    rng = np.random.default_rng(0)
+    bottom = rng.uniform(1, 9, 40)
+    same = bootstrap_ratio(3 * bottom, bottom)  # rows resampled apart would not keep the ratio
+    assert (same.estimate, same.low, same.high) == pytest.approx((3, 3, 3))
+    top = 3 * bottom + rng.normal(0, 1, 40)
+    found = bootstrap_ratio(top, bottom, seed=1, replicates=4000)
+    assert found.estimate == pytest.approx(top.sum() / bottom.sum())
+    theirs = stats.bootstrap(
+        (top, bottom), lambda a, b, axis: a.mean(axis) / b.mean(axis), paired=True,
+        n_resamples=4000, method="percentile", rng=np.random.default_rng(2),
+    ).confidence_interval  # fmt: skip
+    assert (found.low, found.high) == pytest.approx(theirs, abs=0.005)
+    narrow = bootstrap_ratio(top, bottom, seed=1, replicates=4000, confidence=0.5)
+    assert found.low < narrow.low < narrow.high < found.high
+    assert bootstrap_ratio(top, bottom, seed=1, replicates=4000) == found
+    assert bootstrap_ratio(top, bottom, seed=2, replicates=4000) != found
+
+
+def test_a_ratio_that_has_none_is_null_in_json():
+    found = bootstrap_ratio([1.0, 2.0], [1.0, -1.0])
+    assert all(map(math.isnan, (found.estimate, found.low, found.high)))
+    one = bootstrap_ratio([1.0], [4.0])
+    assert one.estimate == 0.25 and math.isnan(one.low) and math.isnan(one.high)
+    assert ratio_fields("share", one) == {"share": 0.25, "low": None, "high": None}
+    two = bootstrap_ratio([1.0, 2.0], [1.0, 2.0])
+    assert ratio_fields("share", two) == {"share": 1.0, "low": 1.0, "high": 1.0}
