@@ -36,7 +36,9 @@ from .cost import centre, unit, unit_backward, zero_padding
 
 INTERPRETED = triton.knobs.runtime.interpret
 STATE_DTYPE = None  # the inputs'
+CHECKPOINTS = False
 MAX_BLOCK = 1024
+TILE_STEPS = 64  # of a tile of 32 rows that changes its storage
 BIG = tl.constexpr(1e30)
 
 
@@ -96,117 +98,237 @@ def _log2(x, FAST: tl.constexpr):
     return tl.log2(x)
 
 
+@triton.jit
+def _cells_before(x):
+    """Cells (k, j), both from 0, with k + j < x."""
+    x = tl.maximum(x, 0)
+    return x * (x + 1) // 2
+
+
+@triton.jit
+def _place(t, rows, m):
+    """Place of cell (0, t) of a strip of `rows` rows, stored one anti-diagonal after the other.
+
+    Cell (k, t - k) lies k places on: what the lanes touch at one step lies side by side.
+    """
+    m = m.to(tl.int64)
+    t = t + m * 0
+    before = _cells_before(t) - _cells_before(t - rows) - _cells_before(t - m)
+    return before + _cells_before(t - rows - m) - tl.maximum(t - m + 1, 0)
+
+
 # Sizes vary from batch to batch: no variants for those divisible by 16 or equal to 1.
-_SIZES = ["B", "N", "M", "bandwidth"]
+_SIZES = ["B", "N", "M", "band"]
+
+
+@triton.jit
+def _tile(n, m, stride, band, ITAKURA: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
+    """Of a tile of T steps and 32 rows: (row-major, diagonal) places, inside?, rows, columns."""
+    i0 = tl.program_id(1) * 32
+    i = i0 + tl.arange(0, 32)
+    strip = i0 // BLOCK
+    k = i - strip * BLOCK
+    rows = tl.minimum(n - strip * BLOCK, BLOCK)
+    t = i0 % BLOCK + tl.program_id(2) * T + tl.arange(0, T)
+    j = t[:, None] - k[None, :]
+    lo, hi = _band(i, n, m, band, ITAKURA)
+    inside = (j >= lo[None, :]) & (j < hi[None, :])
+    start = strip.to(tl.int64) * BLOCK * m + _place(t, rows, m)
+    place = start[:, None] + k[None, :]
+    return i.to(tl.int64)[None, :] * stride + j, place, inside, i, j
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def skew_kernel(
+    p, diagonals, n_ptr, m_ptr, B, N, M, band,
+    SECOND: tl.constexpr, ITAKURA: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Costs, row-major in p, into `diagonals`, in the order in which the programs read them."""
+    _b, _kind, n, m, offset, stride = _pair(n_ptr, m_ptr, B, N, M, SECOND)
+    at, place, inside, _i, _j = _tile(n, m, stride, band, ITAKURA, BLOCK, T)
+    tl.store(diagonals + offset + place, tl.load(p + offset + at, mask=inside), mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def unskew_kernel(
+    diagonals, e, n_ptr, m_ptr, B, N, M, band,
+    SECOND: tl.constexpr, ITAKURA: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """E back to row-major, 0 outside the band and the lengths."""
+    _b, kind, n, m, offset, stride = _pair(n_ptr, m_ptr, B, N, M, SECOND)
+    at, place, inside, i, j = _tile(n, m, stride, band, ITAKURA, BLOCK, T)
+    value = tl.load(diagonals + offset + place, mask=inside, other=0.0)
+    height = tl.where(kind == 2, M, N)
+    tl.store(e + offset + at, value, mask=(j >= 0) & (j < stride) & (i < height)[None, :])
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
-    p, left, loss, border, n_ptr, m_ptr, B, N, M, bandwidth,
+    d, left, loss, border, ends, steps, n_ptr, m_ptr, B, N, M, band,
     SECOND: tl.constexpr, CLAMP: tl.constexpr, SAVE: tl.constexpr, FAST_LOG: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HARD: tl.constexpr, PENALISED: tl.constexpr, ITAKURA: tl.constexpr,
+    OPEN_BEGIN: tl.constexpr, OPEN_END: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """loss[program] of the costs in p, both in units of gamma * ln(2), which makes the base 2.
+    """loss[program] of the costs in d, both in units of gamma * ln(2), which makes the base 2.
 
-    CLAMP: raise costs to 0. SAVE: the weights of the upper neighbours over p, the left ones' to
-    `left`.
+    d and left are stored along diagonals. CLAMP: raise costs to 0. SAVE: the weights of the upper
+    neighbours over d, the left ones' to `left`. steps: penalties (down, right, diagonal). ends
+    [programs, max(N, M)]: with an open end, the part of the paths through (n - 1, 0) to
+    (n - 1, j) or on from there that ends at j.
     """
-    _b, _kind, n, m, offset, stride = _pair(n_ptr, m_ptr, B, N, M, SECOND)
+    _b, _kind, n, m, offset, _stride = _pair(n_ptr, m_ptr, B, N, M, SECOND)
     border += tl.program_id(0).to(tl.int64) * tl.maximum(N, M)
-    dtype = p.dtype.element_ty
+    ends += tl.program_id(0).to(tl.int64) * tl.maximum(N, M)
+    dtype = d.dtype.element_ty
     lane = tl.arange(0, BLOCK)
     lane_above = tl.maximum(lane - 1, 0)
     total, carry = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
+    going_on = tl.full([BLOCK], BIG, dtype)
+    if PENALISED:
+        down, right, diagonal = tl.load(steps), tl.load(steps + 1), tl.load(steps + 2)
     for strip in range(0, tl.cdiv(n, BLOCK)):
         i = strip * BLOCK + lane
-        lo, hi = _band(i, n, m, bandwidth)
-        lo_above, hi_above = _band(i - 1, n, m, bandwidth)
-        lo_below, _hi = _band(i + 1, n, m, bandwidth)
+        lo, hi = _band(i, n, m, band, ITAKURA)
+        lo_above, hi_above = _band(i - 1, n, m, band, ITAKURA)
+        lo_below, _hi = _band(i + 1, n, m, band, ITAKURA)
         # The loss is summed along one path of the differences: down the band's left edge.
         row_end = tl.where(i == n - 1, m, lo_below)
         rows = tl.minimum(n - strip * BLOCK, BLOCK)
-        row = offset + i.to(tl.int64) * stride
+        base = offset + m.to(tl.int64) * BLOCK * strip
         h = tl.zeros([BLOCK], dtype)
         v = tl.where(i == 0, BIG, 0.0).to(dtype)
         # Two steps ahead of use.
-        d0 = tl.load(p + row - lane, mask=(lane <= 0) & (hi > 0), other=0.0)
-        d1 = tl.load(p + row + 1 - lane, mask=(lane <= 1) & (1 - lane < hi), other=0.0)
+        d0 = tl.load(d + base + _place(0, rows, m) + lane, mask=(lane <= 0) & (hi > 0), other=0.0)
+        ahead = (lane <= 1) & (1 - lane >= lo) & (1 - lane < hi)
+        d1 = tl.load(d + base + _place(1, rows, m) + lane, mask=ahead, other=0.0)
         for t in range(0, m + rows - 1):
             j = t - lane
-            d2 = tl.load(p + row + j + 2, mask=(j + 2 >= lo) & (j + 2 < hi), other=0.0)
+            ahead = (j + 2 >= lo) & (j + 2 < hi)
+            d2 = tl.load(d + base + _place(t + 2, rows, m) + lane, mask=ahead, other=0.0)
             top = tl.load(border + t, mask=(strip > 0) & (t < m), other=0.0)
-            top = tl.where((strip == 0) & (t == 0), BIG, top)
+            top = tl.where((strip == 0) & ((t == 0) | OPEN_BEGIN), BIG, top)
             h_in = tl.where(lane == 0, top, tl.gather(h, lane_above, 0))
-            best = tl.minimum(tl.minimum(h_in, v), 0.0)
-            up, beside, corner = tl.exp2(best - h_in), tl.exp2(best - v), tl.exp2(best)
-            weight_sum = up + beside + corner
+            if PENALISED:
+                start = (i == 0) & ((j == 0) | OPEN_BEGIN)
+                u, w, c = h_in + down, v + right, tl.where(start, 0.0, diagonal)
+            else:
+                u, w, c = h_in, v, tl.zeros([BLOCK], dtype)
+            best = tl.minimum(tl.minimum(u, w), c)
+            if HARD:
+                corner = (best == c).to(dtype)
+                up = tl.where(best == u, 1.0 - corner, 0.0)
+                beside = 1.0 - corner - up
+                weight_sum = tl.full([BLOCK], 1.0, dtype)
+            else:
+                up, beside, corner = tl.exp2(best - u), tl.exp2(best - w), tl.exp2(best - c)
+                weight_sum = up + beside + corner
             if CLAMP:
                 d0 = tl.maximum(d0, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            rise = d0 - _log2(weight_sum, FAST_LOG)
+            rise = d0
+            if not HARD:
+                rise -= _log2(weight_sum, FAST_LOG)
             inside = (j >= lo) & (j < hi)
-            h_next, v_next = rise + (best - v), rise + (best - h_in)
+            if PENALISED:  # a difference of two infinite ones would lose the penalty
+                h_next = rise + tl.where(best == w, right, best - v)
+                v_next = rise + tl.where(best == u, down, best - h_in)
+            else:
+                h_next, v_next = rise + (best - v), rise + (best - h_in)
+            if OPEN_BEGIN:
+                v_next = tl.where(i == 0, rise + best, v_next)
             # The sum, with what rounding took from it in `carry`.
-            down = tl.where(i == 0, rise + best, tl.where(lo == lo_above, v_next, rise + best))
-            term = tl.where(j == lo, down, tl.where((j > lo) & (j < row_end), h_next, 0.0))
+            first = tl.where(i == 0, rise + best, tl.where(lo == lo_above, v_next, rise + best))
+            term = tl.where(j == lo, first, tl.where((j > lo) & (j < row_end), h_next, 0.0))
             term = tl.where(inside, term - carry, 0.0)
             grown = total + term
             carry = tl.where(inside, (grown - total) - term, carry)
             total = grown
             if SAVE:
-                tl.store(p + row + j, up / weight_sum, mask=inside)
-                tl.store(left + row + j, beside / weight_sum, mask=inside)
+                here = base + _place(t, rows, m) + lane
+                tl.store(d + here, up / weight_sum, mask=inside)
+                tl.store(left + here, beside / weight_sum, mask=inside)
+            if OPEN_END:  # relative to R of the cell: softmin over those of the row so far
+                last = inside & (i == n - 1)
+                before = going_on - h_next
+                least = tl.minimum(before, 0.0)
+                if HARD:
+                    part = tl.where(before > 0, 1.0, 0.0).to(dtype)
+                    going_on = tl.where(last, least, going_on)
+                else:
+                    part, other = tl.exp2(least), tl.exp2(least - before)
+                    softmin = least - _log2(part + other, FAST_LOG)
+                    going_on = tl.where(last, softmin, going_on)
+                    part = part / (part + other)
+                if SAVE:
+                    tl.store(ends + j, part, mask=last)
             h = tl.where(inside, h_next, tl.where((j > lo) & (j <= hi), BIG, 0.0))
             v = tl.where(inside, v_next, tl.where((j >= lo_above) & (j < hi_above), BIG, 0.0))
             tl.store(border + j, h, mask=(lane == BLOCK - 1) & (j >= 0) & (j < m))
             d0, d1 = d1, d2
         tl.debug_barrier()  # the next strip's lane 0 reads what this one's last lane wrote
+    if OPEN_END:
+        total += tl.where(lane == (n - 1) % BLOCK, going_on, 0.0)
     tl.store(loss + tl.program_id(0), tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
-    up, left, e, border, n_ptr, m_ptr, B, N, M, bandwidth,
-    SECOND: tl.constexpr, BLOCK: tl.constexpr,
+    up, left, e, border, ends, n_ptr, m_ptr, B, N, M, band,
+    SECOND: tl.constexpr, ITAKURA: tl.constexpr, OPEN_END: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """e = E inside the band, from the saved weights: the forward's strips and steps, reversed."""
-    _b, _kind, n, m, offset, stride = _pair(n_ptr, m_ptr, B, N, M, SECOND)
+    """e = E inside the band, from the saved weights: the forward's strips and steps, reversed.
+
+    All three are stored along diagonals.
+    """
+    b, kind, n, m, offset, _stride = _pair(n_ptr, m_ptr, B, N, M, SECOND)
     border += tl.program_id(0).to(tl.int64) * tl.maximum(N, M)
+    ends += (kind.to(tl.int64) * B + b) * tl.maximum(N, M)
     dtype = up.dtype.element_ty
     lane = tl.arange(0, BLOCK)
     lane_below = tl.minimum(lane + 1, BLOCK - 1)
     strips = tl.cdiv(n, BLOCK)
+    flow = tl.full([BLOCK], 1.0, dtype)
     for back in range(0, strips):
         strip = strips - 1 - back
         i = strip * BLOCK + lane
-        lo, hi = _band(i, n, m, bandwidth)
-        row = offset + i.to(tl.int64) * stride
-        steps = m + tl.minimum(n - strip * BLOCK, BLOCK) - 1
+        lo, hi = _band(i, n, m, band, ITAKURA)
+        rows = tl.minimum(n - strip * BLOCK, BLOCK)
+        base = offset + m.to(tl.int64) * BLOCK * strip
+        steps = m + rows - 1
         # What a cell passes to the left, to the one above, and, a step later, to the corner.
         to_left, to_up = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
         to_corner = tl.zeros([BLOCK], dtype)
         j = steps - 1 - lane
         inside = (j >= lo) & (j < hi)
-        up0 = tl.load(up + row + j, mask=inside, other=0.0)
-        left0 = tl.load(left + row + j, mask=inside, other=0.0)
+        here = base + _place(steps - 1, rows, m) + lane
+        up0 = tl.load(up + here, mask=inside, other=0.0)
+        left0 = tl.load(left + here, mask=inside, other=0.0)
         inside = (j - 1 >= lo) & (j - 1 < hi)
-        up1 = tl.load(up + row + j - 1, mask=inside, other=0.0)
-        left1 = tl.load(left + row + j - 1, mask=inside, other=0.0)
+        here = base + _place(steps - 2, rows, m) + lane
+        up1 = tl.load(up + here, mask=inside, other=0.0)
+        left1 = tl.load(left + here, mask=inside, other=0.0)
         for step in range(0, steps):
             t = steps - 1 - step
             j = t - lane
             ahead = (j - 2 >= lo) & (j - 2 < hi)
-            up2 = tl.load(up + row + j - 2, mask=ahead, other=0.0)
-            left2 = tl.load(left + row + j - 2, mask=ahead, other=0.0)
+            here = base + _place(t - 2, rows, m) + lane
+            up2 = tl.load(up + here, mask=ahead, other=0.0)
+            left2 = tl.load(left + here, mask=ahead, other=0.0)
             j_last = t - (BLOCK - 1)
             below = tl.load(
                 border + j_last, mask=(back > 0) & (j_last >= 0) & (j_last < m), other=0.0
             )
             from_below = tl.where(lane == BLOCK - 1, below, tl.gather(to_up, lane_below, 0))
             value = to_left + from_below
-            value = tl.where((i == n - 1) & (j == m - 1), 1.0, value)
             inside = (j >= lo) & (j < hi)
+            if OPEN_END:
+                last = inside & (i == n - 1)
+                part = tl.load(ends + j, mask=last, other=0.0)
+                value += flow * part
+                flow = tl.where(last, flow * (1.0 - part), flow)
+            else:
+                value = tl.where((i == n - 1) & (j == m - 1), 1.0, value)
             value = tl.where(inside, value, 0.0)
-            tl.store(e + row + j, value, mask=inside)
+            tl.store(e + base + _place(t, rows, m) + lane, value, mask=inside)
             to_left = value * left0
             to_up = value * up0 + to_corner
             to_corner = value * tl.maximum(1.0 - up0 - left0, 0.0)
@@ -230,65 +352,119 @@ def _device(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _forward(p, left, n, m, B, N, M, kinds, bandwidth, clamp, save):
-    """Losses [kinds * B] of the matrices in p, in its units."""
-    loss = p.new_empty(kinds * B)
-    if B:
-        border = p.new_empty(kinds * B * max(N, M))
-        with _device(p):
-            forward_kernel[(kinds * B,)](
-                p, left, loss, border, n, m, B, N, M, -1 if bandwidth is None else bandwidth,
-                SECOND=1, CLAMP=clamp, SAVE=save, FAST_LOG=_fast_log(p),
-                **_options(max(N, M) if kinds > 1 else N),
-            )  # fmt: skip
-    return loss
+class _Launch:
+    """The kernels over the matrices of some kinds, of which all B lie in one flat buffer."""
+
+    def __init__(self, n, m, B, N, M, kinds, recursion):
+        self.n, self.m, self.B, self.N, self.M, self.kinds = n, m, B, N, M, kinds
+        self.recursion, self.programs = recursion, len(kinds) * B
+        self.longest = max(N, M)
+        self.options = _options(self.longest if len(kinds) > 1 else N)
+        band = recursion.bandwidth if recursion.itakura is None else recursion.itakura
+        self.sizes = (n, m, B, N, M, -1 if band is None else band)
+        self.constants = {
+            "SECOND": kinds[1] if len(kinds) > 1 else 1,
+            "ITAKURA": recursion.itakura is not None,
+        }
+
+    def _move(self, kernel, source, target):
+        """Between row-major and diagonal storage; all of a buffer's kinds have the same tiles."""
+        longest = self.longest if len(self.kinds) > 1 else self.N
+        widest = self.longest if len(self.kinds) > 1 else self.M
+        grid = self.programs, triton.cdiv(longest, 32), triton.cdiv(widest + 31, TILE_STEPS)
+        if self.B:
+            with _device(source):
+                kernel[grid](
+                    source, target, *self.sizes, **self.constants,
+                    BLOCK=self.options["BLOCK"], T=TILE_STEPS, num_warps=4,
+                )  # fmt: skip
+
+    def forward(self, p, d, left, unit, clamp, save):
+        """Losses [kinds * B] of the costs p, row-major and over unit, and the ends of open paths.
+
+        With `save` their weights are left in d and `left`, which may be p.
+        """
+        recursion, loss = self.recursion, p.new_empty(self.programs)
+        penalties = recursion.down, recursion.right, recursion.diagonal
+        steps = p
+        if any(penalties):
+            steps = torch.stack([p.new_full((), penalty / unit) for penalty in penalties])
+        ends = p.new_empty(self.programs * self.longest if recursion.open_end and save else 0)
+        self._move(skew_kernel, p, d)
+        if self.B:
+            border = p.new_empty(self.programs * self.longest)
+            with _device(p):
+                forward_kernel[(self.programs,)](
+                    d, left, loss, border, ends, steps, *self.sizes, **self.constants,
+                    CLAMP=clamp, SAVE=save, FAST_LOG=_fast_log(p), HARD=recursion.gamma == 0,
+                    PENALISED=any(penalties), OPEN_BEGIN=recursion.open_begin,
+                    OPEN_END=recursion.open_end, **self.options,
+                )  # fmt: skip
+        return loss * unit, ends
+
+    def backward(self, up, left, ends):
+        """E of the matrices, flat and row-major, laid out as those of all kinds."""
+        e = torch.empty_like(up)
+        diagonals = torch.empty_like(up)
+        if self.B:
+            border = up.new_empty(self.programs * self.longest)
+            with _device(up):
+                backward_kernel[(self.programs,)](
+                    up, left, diagonals, border, ends, *self.sizes, **self.constants,
+                    OPEN_END=self.recursion.open_end, **self.options,
+                )  # fmt: skip
+        self._move(unskew_kernel, diagonals, e)
+        return e
 
 
-def _backward(up, left, n, m, B, N, M, kinds, bandwidth):
-    """E of the matrices of some kinds, flat, laid out as all of them."""
-    e = torch.zeros_like(up)
-    if B:
-        border = up.new_empty(len(kinds) * B * max(N, M))
-        with _device(up):
-            backward_kernel[(len(kinds) * B,)](
-                up, left, e, border, n, m, B, N, M, -1 if bandwidth is None else bandwidth,
-                SECOND=kinds[1] if len(kinds) > 1 else 1,
-                **_options(max(N, M) if len(kinds) > 1 else N),
-            )  # fmt: skip
-    return e
+def _unit(recursion):
+    """What costs are divided by."""
+    return recursion.gamma * math.log(2) if recursion.gamma else 1.0
 
 
 # --------------------------------------------------------------------------------------------------
-# From a cost matrix. What is saved: the weights of the upper neighbours, then of the left ones.
+# From a cost matrix. What is saved: the weights of the upper neighbours, then of the left ones,
+# then the ends of open paths.
 
 
 def cost_saved_sizes(B, N, M, grad):
-    return 2 * B * N * M if grad else 0
+    return B * (2 * N * M + max(N, M)) if grad else 0
 
 
-def cost_forward(d, n, m, gamma, bandwidth, grad):
+def cost_forward(d, n, m, recursion, grad):
     B, N, M = d.shape
-    unit = gamma * math.log(2)
-    state = d.new_empty((2 if grad else 1) * d.numel())
-    p, left = state[: d.numel()], state[-d.numel() :]
+    unit, size = _unit(recursion), d.numel()
+    state = d.new_empty(cost_saved_sizes(B, N, M, grad) or 2 * size)
+    diagonals, p = state[:size], state[size : 2 * size]
     torch.mul(d.reshape(-1), 1 / unit, out=p)
-    loss = _forward(p, left, n, m, B, N, M, 1, bandwidth, clamp=False, save=grad) * unit
-    return loss, state if grad else d.new_empty(0)
+    launch = _Launch(n, m, B, N, M, [0], recursion)
+    loss, ends = launch.forward(p, diagonals, p, unit, clamp=False, save=grad)
+    if not grad:
+        return loss, d.new_empty(0)
+    state[2 * size : 2 * size + len(ends)] = ends
+    return loss, state
 
 
-def cost_backward(grad, d, n, m, state, gamma, bandwidth):
-    up, left = state.chunk(2) if len(state) else (state, state)
-    e = _backward(up, left, n, m, *d.shape, [0], bandwidth).view(d.shape)
-    return e.mul_(grad[:, None, None])
+def cost_backward(grad, d, n, m, state, recursion):
+    size = d.numel()
+    launch = _Launch(n, m, *d.shape, [0], recursion)
+    e = launch.backward(state[:size], state[size : 2 * size], state[2 * size :])
+    return e.view(d.shape).mul_(grad[:, None, None])
 
 
 # --------------------------------------------------------------------------------------------------
 # From features
 
 
-def saved_sizes(B, N, M, divergence, x_grad, y_grad):
-    size = B * (N * M + (N * N + M * M if divergence else 0)) if x_grad or y_grad else 0
-    return size, size
+def _matrices(B, N, M, divergence):
+    return B * (N * M + (N * N + M * M if divergence else 0))
+
+
+def saved_sizes(B, N, M, divergence, checkpointed, x_grad, y_grad):
+    if not (x_grad or y_grad):
+        return 0, 0
+    size = _matrices(B, N, M, divergence)
+    return size, size + B * max(N, M)  # an open end has no divergence
 
 
 def _views(flat, B, N, M):
@@ -310,10 +486,13 @@ def _prepare(x, y, n, m, cost):
     return (unit(x), unit(y)) if cost == "cosine" else (x, y)
 
 
-def features_forward(x, y, n, m, gamma, bandwidth, cost, divergence, x_grad, y_grad):
+def features_forward(x, y, n, m, recursion, cost, divergence, checkpointed, x_grad, y_grad):
     B, N, M = len(x), x.shape[1], y.shape[1]
-    kinds, save, scale = 3 if divergence else 1, x_grad or y_grad, 1 / (gamma * math.log(2))
-    p = x.new_empty(saved_sizes(B, N, M, divergence, True, True)[0])
+    kinds, save, unit = [0, 1, 2] if divergence else [0], x_grad or y_grad, _unit(recursion)
+    scale, size = 1 / unit, _matrices(B, N, M, divergence)
+    diagonals = x.new_empty(size)
+    saved = x.new_empty(saved_sizes(B, N, M, divergence, checkpointed, True, True)[1])
+    p = saved[:size]  # then the left weights
     sides = _prepare(x, y, n, m, cost)
     for out, (row, column) in zip(_views(p, B, N, M), ((0, 1), (0, 0), (1, 1))):
         u, v = sides[row], sides[column]
@@ -325,19 +504,23 @@ def features_forward(x, y, n, m, gamma, bandwidth, cost, divergence, x_grad, y_g
             squares = [scale * z.square().sum(-1) for z in (u, v)]
             torch.add(squares[0][:, :, None], squares[1][:, None], out=out)
             out.baddbmm_(u, v.transpose(1, 2), alpha=-2 * scale)
-    left = torch.empty_like(p) if save else p
-    loss = _forward(p, left, n, m, B, N, M, kinds, bandwidth, cost == "sqeuclidean", save) / scale
-    loss = loss.view(kinds, B)
+    launch = _Launch(n, m, B, N, M, kinds, recursion)
+    loss, ends = launch.forward(p, diagonals, p, unit, cost == "sqeuclidean", save)
+    loss = loss.view(len(kinds), B)
     loss = loss[0] - (loss[1] + loss[2]) / 2 if divergence else loss[0].clone()
-    return (loss, p, left) if save else (loss, x.new_empty(0), x.new_empty(0))
+    if not save:
+        return loss, x.new_empty(0), x.new_empty(0)
+    saved[size : size + len(ends)] = ends
+    return loss, diagonals, saved
 
 
 def features_backward(
-    grad, x, y, n, m, up, left, gamma, bandwidth, cost, divergence, x_grad, y_grad
+    grad, x, y, n, m, up, saved, recursion, cost, divergence, checkpointed, x_grad, y_grad
 ):
     B, N, M = len(x), x.shape[1], y.shape[1]
     kinds = [0] + [1] * (divergence and x_grad) + [2] * (divergence and y_grad)
-    e = _views(_backward(up, left, n, m, B, N, M, kinds, bandwidth), B, N, M)
+    launch = _Launch(n, m, B, N, M, kinds, recursion)
+    e = _views(launch.backward(up, saved[: len(up)], saved[len(up) :]), B, N, M)
     for kind in kinds:
         # Of a sequence with itself E is symmetric: twice the rows' side does for both.
         e[kind] *= (grad if kind == 0 else -grad)[:, None, None]

@@ -49,6 +49,45 @@ def test_several_strips(N, M, bandwidth, monkeypatch):
     assert_close("gradient", got[1], want[1], 1e-5)
 
 
+OPTIONS = [
+    {"gamma": 0.0},
+    {"step_penalty": (0.2, 0.5, 0.1)},
+    {"open_begin": True, "step_penalty": (0.2, 0.5, 0.1)},
+    {"open_end": True},
+    {"open_begin": True, "open_end": True, "gamma": 0.0, "step_penalty": 0.2},
+    {"itakura": 2.0, "step_penalty": 0.2},
+    {"bandwidth": 2, "gamma": 0.0, "step_penalty": 0.2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=map(str, OPTIONS))
+@pytest.mark.parametrize("N, M", [(1, 5), (7, 5), (34, 6)])
+def test_options(options, N, M, monkeypatch):
+    monkeypatch.setattr(triton, "MAX_BLOCK", 32)
+    cost = torch.rand(2, N, M) - 0.2
+    n, m = torch.tensor([N, (N + 1) // 2]), torch.tensor([(M + 1) // 2, M])
+    options = {"gamma": 0.3, "weights": torch.tensor([2.0, -0.5]), **options}
+    got = value_and_alignment(cost, n, m, backend="triton", **options)
+    want = value_and_alignment(cost.double(), n, m, backend="reference", **options)
+    assert_close("loss", got[0], want[0], 1e-6)
+    assert_close("gradient", got[1], want[1], 1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=map(str, OPTIONS))
+def test_options_of_features_in_float64(options):
+    x, y = features(1, 6, 4, D=3, dtype=torch.float64)
+    options = {"gamma": 0.3, **options}
+    got = value_and_gradients(x, y, backend="triton", **options)
+    want = value_and_gradients(x, y, backend="reference", **options)
+    for a, b in zip(got, want):
+        assert_close("float64", a, b, 1e-12)
+    if not any("open" in name for name in options):
+        got = value_and_gradients(x, y, divergence=True, backend="triton", **options)
+        want = value_and_gradients(x, y, divergence=True, backend="reference", **options)
+        for a, b in zip(got, want):
+            assert_close("float64 divergence", a, b, 1e-12)
+
+
 def test_float32_is_exact_at_length():
     """A cost of up to 200 over 600 steps: float32 R would be off by 1e-2 at this gamma."""
     cost = torch.rand(1, 300, 300) * 200
