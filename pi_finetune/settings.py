@@ -152,6 +152,7 @@ SETTINGS = _table(
     save_folder=(TEXT, "folder of the checkpoints", IRRELEVANT),
     data_folder=(TEXT, "the speech corpus", DATA),
     noise_folder=(or_null(TEXT), "the noise recordings", DATA),
+    train_folder=(or_null(TEXT), "the corpus that is trained on, where it is another", DATA),
     # Data
     train_splits=(SPLITS, "splits that are trained on"),
     valid_splits=(SPLITS, "splits for validation"),
@@ -292,13 +293,17 @@ def check_choice(key, value, choices):
 def check_each(values):
     """Check the keys of an experiment, each by itself; arguments and errors as of check_values."""
     for key, value in values.items():
-        if isinstance(value, Tagged):
-            continue
-        check_value(key, value)
-        if key in _NESTED:
-            for inner, part in value.items():
-                if not isinstance(part, Tagged):
-                    check_value(inner, part)
+        if key in _NESTED and isinstance(value, dict):
+            check_each(value)
+        elif not _holds_tags(value):
+            check_value(key, value)
+
+
+def _holds_tags(value):
+    """Whether a value, or one in it, is known only when it is resolved or made."""
+    if isinstance(value, dict | list):
+        return any(map(_holds_tags, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tagged)
 
 
 def check_values(values):

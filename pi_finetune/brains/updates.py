@@ -64,16 +64,15 @@ def start_run(recipe, experiment, overrides=None, run_opts=None):
     shared = {key: given[key] for key in keys(path) if key in given}
     overrides = {**(overrides or {}), **shared}
     run_opts = start_processes(given)
-    values = settings.read(resolve(path, overrides))
-    settings.check_values(values)
-    folder = Path(values["output_folder"])
-    if run_opts.debug and not run_opts.debug_persistently and any(folder.glob("save/CKPT*")):
-        folder = folder / "debug"  # a few updates must not replace a run's results
-        overrides["output_folder"] = str(folder)
+    if run_opts.debug and not run_opts.debug_persistently:
+        folder = Path(settings.read(resolve(path, overrides))["output_folder"])
+        if any(folder.glob("save/CKPT*")):  # a few updates must not replace a run's results
+            overrides["output_folder"] = str(folder / "debug")
+    hparams, resolved = load_hparams(path, overrides)
+    folder = Path(hparams["output_folder"])
     lock = Lock(folder / ".lock", "a training")
     on_main(lock.acquire)
     try:
-        hparams, resolved = load_hparams(path, overrides)
         session = describe_session(given, run_opts.device)
         record = on_main(open_run, folder, functools.partial(resolve, path), overrides, session)
         sb.create_experiment_directory(experiment_directory=str(folder))
