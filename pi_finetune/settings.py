@@ -160,6 +160,7 @@ SETTINGS = _table(
     splits=(SPLITS, "splits that are measured"),
     noise_classes=(or_null(sequence(TEXT, "noise classes")), "the classes that are heard"),
     snrs=(SNRS, "SNRs of the mixtures"),
+    noise_filtered=(number(low=0, high=1), "share of noises with a random filter"),
     each_snr=(FLAG, "every utterance at every SNR"),
     segment_seconds=(or_null(SECONDS), "length of a crop"),
     valid_segment_seconds=(SECONDS, "length of a dev crop"),
