@@ -21,7 +21,7 @@ from pi_finetune.run_folder import Lock
 
 
 def load_pretrained(hparams, device):
-    """The systems, ``(folder, enhancer, weights)`` each, and the recognisers.
+    """The systems, ``(folder, enhancer)`` each, and the recognisers.
 
     All are loaded before the first is scored, so that a wrong name fails at once.
     """

@@ -787,6 +787,8 @@ CHECK = """<script>addEventListener("load", () => setTimeout(() => {
   first.focus();
   parent.postMessage(JSON.stringify({
     width: innerWidth, overflow: document.documentElement.scrollWidth - innerWidth,
+    wide: all(".version").filter((c) => c.scrollWidth > c.clientWidth).length,
+    boxes: all("table").filter((t) => !t.closest(".scroll")).length,
     images: all("img").map((i) => i.naturalWidth), svgs: all("main svg").length,
     durations: all("audio").map((a) => a.duration), focused: document.activeElement === first,
     background: getComputedStyle(document.body).backgroundColor,
@@ -816,7 +818,9 @@ def test_report_in_chromium(report, scheme, width, tmp_path):
     assert "CONSOLE" not in run.stderr  # script errors, and loads that the page's policy refused
     found = json.loads(re.search(r'<p id="found">(.*?)</p>', run.stdout)[1])
     assert found["width"] == width
-    assert found["overflow"] <= 0  # only tables scroll sideways
+    assert found["overflow"] <= 0  # only tables scroll sideways, each in its own box
+    assert found["wide"] == 0  # no card's text runs into the next
+    assert found["boxes"] == 0
     assert len(found["images"]) == 13 and all(found["images"][:-1])
     assert found["svgs"] > 4
     # Decoded, from the file itself.
