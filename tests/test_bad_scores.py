@@ -64,7 +64,7 @@ CASES = [
         "area": "recognisers",
         "input": "two recognisers in folders of one name",
         "call": lambda folder: load_recognizers(["a/asr", "b/asr"]),
-        "expect": r"a/asr and b/asr are both called 'parrot'.* Rename the folder of one",
+        "expect": r"a/asr and b/asr are both named .parrot.*Rename one of the folders",
     },
     {
         "area": "comparison",
