@@ -26,6 +26,7 @@ from pi_finetune.commands import divide, words
 from pi_finetune.config import check_overrides, find_hparams
 from pi_finetune.errors import UserError
 from pi_finetune.files import write_text
+from pi_finetune.results.declarations import higher_is_better
 from pi_finetune.settings import check_choice
 
 logger = logging.getLogger(__name__)
@@ -222,12 +223,10 @@ class Ablation:
         cells = self.searches[teacher, strategy]
         if not cells:
             return self.hparams["lrs"][0], {}
-        # These import much, and workers load this module.
-        from pi_finetune.results.metrics import SIGNAL_SCORES
-        from pi_finetune.results.runs import read_json_lines
+        from pi_finetune.results.runs import read_json_lines  # imports much; workers load this
 
         score = self.hparams["select_by"]
-        best = max if score in SIGNAL_SCORES else min
+        best = max if higher_is_better(score) else min
         scores = {}
         for rate, cell in cells.items():
             values = [line.get(score) for line in read_json_lines(cell.folder / "valid.jsonl")]

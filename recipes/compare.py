@@ -16,7 +16,13 @@ from typing import Any
 
 from pi_finetune.commands import words
 from pi_finetune.errors import UserError, command
-from pi_finetune.report.tables import markdown, run_table, summary_table, write_tables
+from pi_finetune.report.tables import (
+    difference_table,
+    markdown,
+    run_table,
+    summary_table,
+    write_tables,
+)
 from pi_finetune.results.comparison import common_folder, compare_runs
 from pi_finetune.results.statistics import Bootstrap
 
@@ -109,6 +115,8 @@ def compare(runs, **options):
         )
     print(run_table(comparison, markdown))
     print(summary_table(comparison, markdown))
+    if comparison.baseline is not None:
+        print(difference_table(comparison, markdown))
     for note in comparison.notes:
         print(f"note: {note}")
     for path in written:

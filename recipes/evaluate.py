@@ -21,7 +21,7 @@ from pi_finetune.run_folder import Lock
 
 
 def load_pretrained(hparams, device):
-    """The systems, ``(folder, enhancer, weights)`` each, and the recognisers.
+    """The systems, ``(folder, enhancer)`` each, and the recognisers.
 
     All are loaded before the first is scored, so that a wrong name fails at once.
     """
@@ -35,7 +35,7 @@ def load_pretrained(hparams, device):
         enhancer = None
         if weights is not None:
             enhancer = load_enhancer(weights, trust=hparams["trust"]).to(device).eval()
-        systems.append((folder, enhancer, weights))
+        systems.append((folder, enhancer))
     return systems, build(hparams["recognizers"])
 
 
@@ -62,7 +62,7 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
     systems, recognizers = load_pretrained(hparams, device)
     test_data = on_main(build, hparams["test_data"])
     paths = []
-    for folder, enhancer, weights in systems:
+    for folder, enhancer in systems:
         with Lock(folder / "scores" / f".{hparams['test_set']}.lock", "an evaluation"):
             path = evaluate_system(
                 folder,
@@ -70,7 +70,6 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
                 test_data,
                 recognizers,
                 test_set=hparams["test_set"],
-                weights=weights,
                 batch_size=hparams["batch_size"],
                 workers=hparams["workers"],
                 audio_examples=hparams["audio_examples"],

@@ -17,7 +17,7 @@ from pi_finetune.errors import UserError
 from pi_finetune.report import examples, html, plots, tables
 from pi_finetune.results.comparison import compare_runs
 from pi_finetune.results.runs import find_runs, load_runs, read_json_lines
-from pi_finetune.results.statistics import Bootstrap, Interval
+from pi_finetune.results.statistics import Bootstrap, Interval, holm
 
 FEW = Bootstrap(replicates=199)
 REFERENCE = "the cat sat on a mat by an old door"
@@ -414,6 +414,121 @@ def test_one_recording_at_several_snrs_is_one_resampling_unit(tmp_path):
     assert values.tolist() == [[200, 600]] and weights.tolist() == [20, 20]
 
 
+def test_recordings_and_speakers_are_read_from_lines_and_not_from_ids(tmp_path):
+    about = [{"recording": f"r{i // 3}", "speaker": f"s{i % 2}"} for i in range(12)]
+    lines = [line(f"u{i}@infdB", i % 3, **about[i]) for i in range(12)]
+    comparison = compare_runs([write_run(tmp_path, "mse/1", lines)], bootstrap=FEW)
+    assert len(comparison.scores["wer"].resampling_units("mse")[1]) == 4
+    assert any(note.startswith("only 4 recordings") for note in comparison.notes)
+    (note,) = (note for note in comparison.notes if "speaker" in note)
+    assert note.startswith("only 2 speakers, too few to resample: intervals are about utterances")
+    assert comparison.unit == "recording" and "over recordings and" in tables.explanation(
+        comparison
+    )
+
+
+def test_old_ids_of_clean_and_loud_mixtures_are_one_recording(tmp_path):
+    lines = [line(f"{name}@{snr}dB") for name in "ab" for snr in ("inf", "-5", "2.5")]
+    comparison = compare_runs([write_run(tmp_path, "mse/1", lines)], bootstrap=FEW)
+    assert len(comparison.scores["wer"].resampling_units("mse")[1]) == 2
+    assert any("do not say who speaks" in note for note in comparison.notes)
+
+
+def test_enough_speakers_are_what_is_resampled(tmp_path):
+    rng = np.random.default_rng(0)
+    hard = rng.integers(0, 9, 12)  # a speaker's utterances are alike
+    lines = [
+        line(f"u{i:03}", int(hard[i % 12]), recording=f"u{i:03}", speaker=f"s{i % 12}")
+        for i in range(120)
+    ]
+    comparison = compare_runs([write_run(tmp_path, "mse/1", lines)], bootstrap=Bootstrap(999))
+    _, weights = comparison.scores["wer"].resampling_units("mse")
+    assert len(weights) == 12 and comparison.unit == "speaker"
+    assert not any("speaker" in note for note in comparison.notes)
+    level = comparison.summary["wer"]["mse"].level
+    apart = [{**entry, "speaker": None} for entry in lines]
+    other = compare_runs([write_run(tmp_path / "x", "mse/1", apart)], bootstrap=Bootstrap(999))
+    narrow = other.summary["wer"]["mse"].level
+    assert level.estimate == narrow.estimate
+    assert level.high - level.low > 2 * (narrow.high - narrow.low)
+
+
+def test_untranscribed_speech_has_no_failed_scores(tmp_path):
+    for name in ("noisy/0", "mse/1"):
+        write_run(tmp_path, name, [{**line(i), "asr": {}} for i in "ab"])
+    comparison = compare_runs([tmp_path], bootstrap=FEW)
+    (row,) = (row for row in tables.run_rows(comparison) if row["strategy"] == "mse")
+    assert (row["wer"], row["failed_wer"], row["failed_pesq"]) == (None, 0, 0)
+    assert "failed scores" not in tables.run_table(comparison, tables.markdown)
+
+
+def test_a_recogniser_that_was_not_asked_has_not_failed(tmp_path):
+    write_run(tmp_path, "mse/1", [line("a"), line("b")])
+    both = [line("a"), line("b")]
+    for entry in both:
+        entry["asr"]["whisper"] = entry["asr"]["ctc"]
+    write_run(tmp_path, "soft_dtw/1", both)
+    rows = {row["strategy"]: row for row in tables.run_rows(compare_runs([tmp_path]))}
+    assert rows["mse"]["failed_wer_whisper"] == 0 and rows["mse"]["wer_whisper"] is None
+
+
+def test_p_values_are_adjusted_over_what_is_shown_as_a_family(results):
+    comparison = compare_runs([results], bootstrap=Bootstrap(999))
+    found = {
+        (metric.reference, metric.name, system): each
+        for metric in comparison.metrics
+        for system, each in comparison.summary[metric.name].items()
+        if each.p_holm is not None
+    }
+    assert len(found) == 5 * 2  # WER and four signal metrics of zero_pad and soft_dtw
+    for reference, family in (("transcript", "recognition, 2"), ("clean", "signal, 8")):
+        members = [each for key, each in found.items() if key[0] == reference]
+        expected = holm([each.difference.p_value for each in members])
+        assert [each.p_holm for each in members] == expected.tolist()
+        assert {each.family for each in members} == {family}
+        assert family in tables.difference_table(comparison, tables.markdown)
+
+
+def heard_lines(errors, nlls):
+    lines = [likely(f"u{i:03}", {"ctc": float(nll)}) for i, nll in enumerate(nlls)]
+    for entry, wrong in zip(lines, errors):
+        entry["asr"]["ctc"].update(hits=10 - int(wrong), substitutions=int(wrong))
+    return lines
+
+
+def test_four_verdicts(tmp_path):
+    """Better, worse, equivalent within the stated margin, undecided: each where it is true."""
+    rng = np.random.default_rng(0)
+    errors = rng.integers(2, 5, 600)
+    nlls = 11 * rng.uniform(1, 2, 600)
+    noise = lambda size: nlls * (1 + size * rng.normal(size=600))  # noqa: E731
+    change = rng.choice([-2, -1, 0, 1, 2], 600)
+    runs = {
+        "mse": (errors, nlls),
+        "better": (errors - rng.integers(0, 2, 600), noise(0.02) * 0.9),
+        "worse": (errors + rng.integers(0, 2, 600), noise(0.02) * 1.1),
+        "same": (errors, noise(0.02) * 0.995),  # surely better, but by half a percent
+        "unclear": (errors + change, noise(0.9)),
+    }
+    for name, (wrong, nats) in runs.items():
+        write_run(tmp_path, f"{name}/1", heard_lines(wrong, nats))
+    comparison = compare_runs([tmp_path], bootstrap=Bootstrap(1999))
+    for metric in ("wer", "nll"):
+        verdicts = {s: f.verdict for s, f in comparison.summary[metric].items() if s != "mse"}
+        assert verdicts == {
+            "better": "better", "worse": "worse", "same": "equivalent", "unclear": "undecided"
+        }  # fmt: skip
+    same = comparison.summary["nll"]["same"]
+    assert same.marker == "*" and same.p_holm < 0.05  # different, and it does not matter
+    base = comparison.summary["nll"]["mse"].level.estimate
+    assert same.difference.margin == pytest.approx(0.02 * base)
+    assert comparison.summary["wer"]["same"].difference.margin == 0.5
+    assert comparison.summary["pesq"]["same"].difference.margin is None
+    table = tables.difference_table(comparison, tables.markdown)
+    assert "equivalent" in table and "p (equivalence)" in table
+    assert "the margin of 0.5 points of WER and 2 % of NLL" in tables.explanation(comparison)
+
+
 def test_convergence_against_hand_values(tmp_path):
     for seed in (1, 2):
         write_run(tmp_path, f"mse/{seed}", [line("a", 2)], dev_lines([40, 30, 20 + seed, 25]))
@@ -672,6 +787,8 @@ CHECK = """<script>addEventListener("load", () => setTimeout(() => {
   first.focus();
   parent.postMessage(JSON.stringify({
     width: innerWidth, overflow: document.documentElement.scrollWidth - innerWidth,
+    wide: all(".version").filter((c) => c.scrollWidth > c.clientWidth).length,
+    boxes: all("table").filter((t) => !t.closest(".scroll")).length,
     images: all("img").map((i) => i.naturalWidth), svgs: all("main svg").length,
     durations: all("audio").map((a) => a.duration), focused: document.activeElement === first,
     background: getComputedStyle(document.body).backgroundColor,
@@ -701,7 +818,9 @@ def test_report_in_chromium(report, scheme, width, tmp_path):
     assert "CONSOLE" not in run.stderr  # script errors, and loads that the page's policy refused
     found = json.loads(re.search(r'<p id="found">(.*?)</p>', run.stdout)[1])
     assert found["width"] == width
-    assert found["overflow"] <= 0  # only tables scroll sideways
+    assert found["overflow"] <= 0  # only tables scroll sideways, each in its own box
+    assert found["wide"] == 0  # no card's text runs into the next
+    assert found["boxes"] == 0
     assert len(found["images"]) == 13 and all(found["images"][:-1])
     assert found["svgs"] > 4
     # Decoded, from the file itself.

@@ -145,6 +145,35 @@ def test_p_value_rejects_a_true_null_at_its_rate():
     assert rejected / 300 < 0.08
 
 
+def test_equivalence_is_found_where_the_interval_of_twice_alpha_lies_within_the_margin():
+    rng = np.random.default_rng(0)
+    baseline = rng.normal(10, 3, (1, 400))
+    values = baseline + rng.normal(0.1, 1, (1, 400))
+    ones = np.ones(400)
+    wide = Bootstrap(replicates=4999, confidence=0.9)  # two one-sided tests at 5 %
+    found = wide.difference(values, baseline, ones, True)
+    edge = max(abs(found.low), abs(found.high))
+    for margin, within in ((edge * 0.98, False), (edge * 1.02, True)):
+        d = wide.difference(values, baseline, ones, True, margin=margin)
+        assert (d.p_equivalence < 0.05) == within and d.margin == margin
+    assert found.p_equivalence is None
+    with pytest.raises(ValueError, match="margin must be above 0"):
+        wide.difference(values, baseline, ones, True, margin=0)
+
+
+def test_equivalence_is_claimed_falsely_at_most_as_often_as_it_says():
+    """With a true difference right at the margin, the tests err in 5 % of sets."""
+    rng = np.random.default_rng(1)
+    few = Bootstrap(replicates=199)
+    wrong = 0
+    for _ in range(400):
+        baseline = rng.normal(0, 3, (1, 60))
+        values = baseline + rng.normal(0.5, 1, (1, 60))
+        d = few.difference(values, baseline, np.ones(60), True, margin=0.5)
+        wrong += d.p_equivalence < 0.05
+    assert 0.01 < wrong / 400 < 0.08
+
+
 def test_a_single_utterance_has_no_interval():
     level = FEW.level([[50.0]], [10.0])
     assert level.estimate == 5 and math.isnan(level.low) and math.isnan(level.high)

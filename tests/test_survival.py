@@ -15,6 +15,7 @@ from running import validations
 
 from pi_finetune.brains.checkpoints import SUMS_FILE, Checkpointer
 from pi_finetune.brains.enhancement import EnhancementBrain
+from pi_finetune.brains.updates import History
 from pi_finetune.data import loading
 from pi_finetune.errors import UserError
 
@@ -198,6 +199,18 @@ def test_no_whole_checkpoint_is_an_error_and_no_new_start(train, capsys):
     assert "no checkpoint is whole" in error and "optimizer.ckpt has 0 of" in error
     assert "remove this folder to start training anew" in error
     assert (run / "valid.jsonl").read_text() == before
+
+
+def test_seconds_before_a_checkpoint_within_an_epoch_are_kept(tmp_path, monkeypatch):
+    clock = iter([100.0, 107.0, 500.0, 503.0])
+    monkeypatch.setattr("pi_finetune.brains.updates.time.monotonic", lambda: next(clock))
+    killed, resumed = History(), History()
+    killed.start()
+    killed._save(tmp_path / "history")  # after 7 s of the epoch
+    resumed._load(tmp_path / "history", end_of_epoch=False)
+    resumed.start()
+    resumed.stop()
+    assert resumed.seconds == 10.0 and resumed.started is None
 
 
 def test_the_best_and_the_latest_two_are_kept(tmp_path):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from pi_finetune.brains.enhancement import EnhancementBrain
 from pi_finetune.data.audio import read_audio
-from pi_finetune.enhancers import load_enhancer
+from pi_finetune.enhancers import load_enhancer, save_enhancer
 
 
 def test_every_yaml_is_tested():
@@ -284,6 +284,44 @@ def test_scores_made_with_other_settings_are_not_mixed(evaluate, capsys):
     assert "was made with other pairs. Add --overwrite True" in capsys.readouterr().err
     results = evaluate(["noisy"], data_seed=1, overwrite=True)
     assert len(scores(results / "noisy/0")) == 6
+
+
+def test_scores_of_a_run_that_still_trains_are_filed_under_the_weights_that_made_them(
+    evaluate, pretrained, tmp_path, monkeypatch, capsys
+):
+    """The run gets better weights after its model was loaded, while another system is scored."""
+    from pi_finetune.results import metrics
+
+    run = tmp_path / "results" / "mse" / "1"
+    enhancer = load_enhancer(pretrained)
+    save_enhancer(run, enhancer)
+    score = metrics.score_batch
+
+    def train_on(*arguments):
+        with torch.no_grad():
+            for parameter in enhancer.parameters():
+                parameter.mul_(1.1)
+        save_enhancer(run, enhancer)
+        return score(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "score_batch", train_on)
+        evaluate(["noisy", str(run)], batch_size=6)
+    before = scores(run)
+    with pytest.raises(SystemExit):
+        evaluate([str(run)])
+    assert "was made with other weights" in capsys.readouterr().err
+    evaluate([str(run)], overwrite=True)
+    assert scores(run) != before
+    evaluate([str(run)])  # and nothing more to be done
+
+
+def test_lines_say_recording_and_speaker(evaluate):
+    lines = scores(evaluate(["noisy"], each_snr=True, snrs="[5, 10]") / "noisy/0")
+    assert len(lines) == 12 and len({entry["recording"] for entry in lines}) == 6
+    for entry in lines:
+        assert entry["id"].split("@")[0] == entry["recording"]
+        assert entry["speaker"] == entry["recording"].split("-")[0]
 
 
 def test_evaluation_of_nothing_is_an_error(evaluate, tmp_path, capsys):

@@ -12,6 +12,7 @@ from pi_finetune.enhancers import config_text, save_enhancer
 from pi_finetune.errors import UserError
 from pi_finetune.recognizers import gives_likelihood, likelihoods
 from pi_finetune.results import metrics
+from pi_finetune.results.declarations import higher_is_better
 from pi_finetune.seeding import perturbation_rngs
 
 logger = sb.utils.logger.get_logger(__name__)
@@ -160,4 +161,4 @@ class EnhancementBrain(UpdateBrain):
         value = record.get(self.hparams.select_by)
         if value is None or not math.isfinite(value):
             return math.inf
-        return -value if self.hparams.select_by in metrics.SIGNAL_SCORES else value
+        return -value if higher_is_better(self.hparams.select_by) else value

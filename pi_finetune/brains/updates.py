@@ -111,13 +111,30 @@ class History:
     def __init__(self, batches_per_update=(1, 1)):
         self.batches_per_update = list(batches_per_update)
         self.seconds = 0.0  # validation excluded
+        self.started = None  # of the stretch of training under way, on this process's clock
         self.skipped = 0
         self.finite_losses = 0  # of the epoch under way
         self.validations = []
 
+    def start(self):
+        """Training goes on from here."""
+        self.started = time.monotonic()
+
+    def stop(self):
+        """It rests: validation, or the end."""
+        self.seconds, self.started = self.seconds_so_far(), None
+
+    def seconds_so_far(self):
+        """Training seconds, with those of the stretch under way."""
+        running = 0.0 if self.started is None else time.monotonic() - self.started
+        return self.seconds + running
+
     @mark_as_saver
     def _save(self, path):
-        Path(path).write_text(json.dumps(vars(self)))
+        # A checkpoint within an epoch must not lose the seconds since the epoch's start.
+        saved = {**vars(self), "seconds": self.seconds_so_far()}
+        del saved["started"]
+        Path(path).write_text(json.dumps(saved))
 
     @mark_as_loader
     def _load(self, path, end_of_epoch):
@@ -320,14 +337,15 @@ class UpdateBrain(sb.Brain):
         return before + (float(loss) - before) / self.history.finite_losses
 
     def on_stage_start(self, stage, epoch=None):
-        """Start the clock of an epoch."""
-        self.started = time.monotonic()
+        """Start the clock of a training epoch."""
+        if stage == sb.Stage.TRAIN:
+            self.history.start()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Stop the clock of a training epoch, and begin a new average of the loss."""
         self.history.finite_losses = 0
         if stage == sb.Stage.TRAIN:
-            self.history.seconds += time.monotonic() - self.started
+            self.history.stop()
 
     def log_validation(self, epoch, train, scores):
         """Log a validation everywhere.

@@ -106,6 +106,8 @@ class SpeechPairs(Dataset):
             "data_pass": data_pass,
             "noisy": noisy,
             "clean": clean,
+            "recording": key,
+            "speaker": entry.get("speaker"),
             "text": entry["text"],
             "duration": clean.shape[-1] / SAMPLE_RATE,
             **info,

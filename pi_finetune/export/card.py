@@ -11,7 +11,7 @@ from pi_finetune.enhancers import (
     SpeechBrainEnhancer,
 )
 from pi_finetune.export.speechbrain import HPARAMS_FILE, MARK
-from pi_finetune.results.metrics import SIGNAL_SCORES
+from pi_finetune.results.declarations import higher_is_better
 from pi_finetune.results.runs import Run, read_json_lines
 from pi_finetune.results.scores import metric_scores, metrics_of
 
@@ -191,7 +191,7 @@ def _best(path, score):
     """The validation whose model was kept."""
     records = read_json_lines(path) if path.is_file() else []
     records = [r for r in records if isinstance(r.get(score), float | int)]
-    sign = 1 if score in SIGNAL_SCORES else -1
+    sign = 1 if higher_is_better(score) else -1
     return max(records, key=lambda r: (sign * r[score], r["update"]), default=None)
 
 

@@ -122,18 +122,32 @@ def findings(comparison):
     for strategy, found in comparison.summary["wer"].items():
         if found.p_holm is None:
             continue
-        d = found.difference
-        verdict = {"*": "better", "†": "worse"}.get(found.marker, "undecided")
-        text = (
-            f"{comparison.scores['wer'].metric.label[:3]} {tables.signed(d.estimate, 2)} "
-            f"points{tables.interval_text(d, 2)} against "
-            f"{comparison.baseline}; better in {_percent(d.p_improvement)} of replicates, "
-            f"p = {tables.p_text(found.p_holm)} after Holm's correction."
-        ).replace("p = <", "p <")
+        texts = [
+            _finding(comparison, metric, other)
+            for metric in comparison.main_metrics
+            if metric.margin is not None
+            and (other := comparison.summary[metric.name].get(strategy)) is not None
+            and other.p_holm is not None
+        ]
+        text = " ".join(texts)
         if 1 in (len(found.seeds), len(comparison.summary["wer"][comparison.baseline].seeds)):
             text += " With one training seed this is about these runs, not about the strategy."
-        result.append((strategy, verdict, text + _speed(comparison, strategy)))
+        result.append((strategy, found.verdict, text + _speed(comparison, strategy)))
     return result
+
+
+def _finding(comparison, metric, found):
+    """A sentence of one difference."""
+    d, unit = found.difference, "points" if metric.unit == "%" else metric.unit
+    text = (
+        f"{metric.title} {tables.signed(d.estimate, metric.digits)} {unit}"
+        f"{tables.interval_text(d, metric.digits)} against "
+        f"{comparison.baseline}; better in {_percent(d.p_improvement)} of replicates, "
+        f"p = {tables.p_text(found.p_holm)} after Holm's correction"
+    ).replace("p = <", "p <")
+    if found.verdict == "equivalent":
+        text += f"; within the margin of {metric.margin_text()} all the same"
+    return f"{text}: {found.verdict}."
 
 
 def _percent(value):
@@ -296,7 +310,7 @@ def _snr_chart(comparison, groups, snrs):
     if not lines:
         return None
     label = scores.metric.label
-    title = f"{label[:3]} against SNR, by system"
+    title = f"{scores.metric.title} against SNR, by system"
     return Markup(plots.line_chart(lines, "SNR (dB)", label, title))
 
 

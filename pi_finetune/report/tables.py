@@ -188,7 +188,10 @@ def summary_table(comparison, render):
 
 
 def difference_table(comparison, render):
-    """Differences from the baseline, a row per system and metric, through ``render``."""
+    """Differences from the baseline, a row per system and metric, through ``render``.
+
+    The column ``family`` says over which, and how many, differences a p-value is adjusted.
+    """
     body = []
     for metric in comparison.metrics:
         for system, found in comparison.summary[metric.name].items():
@@ -197,9 +200,11 @@ def difference_table(comparison, render):
                 continue
             change = signed(d.estimate, metric.digits) + interval_text(d, metric.digits)
             tests = (share(d.p_improvement), p_text(d.p_value), p_text(found.p_holm))
-            body.append([heading(metric), system, change + found.marker, *tests])
-    header = ["metric", "strategy", f"difference from {comparison.baseline}"]
-    return render([*header, "P(improvement)", "p", "p (Holm)"], body)
+            verdict = (p_text(found.p_equivalence), found.verdict or MISSING)
+            family = found.family or MISSING
+            body.append([heading(metric), system, change + found.marker, *tests, family, *verdict])
+    header = ["metric", "strategy", f"difference from {comparison.baseline}", "P(improvement)"]
+    return render([*header, "p", "p (Holm)", "family", "p (equivalence)", "verdict"], body)
 
 
 def convergence_table(comparison, render):
@@ -247,14 +252,23 @@ def explanation(comparison):
     percent = f"{100 * comparison.bootstrap.confidence:g} %"
     text = (
         f"In brackets: {percent} intervals from {comparison.bootstrap.replicates} bootstrap "
-        "replicates over utterances and seeds."
+        f"replicates over {comparison.unit}s and seeds."
     )
     if comparison.baseline is not None:
         alpha = f"{1 - comparison.bootstrap.confidence:.2g}"
         text += (
             f" * better, † worse than {comparison.baseline} at p < {alpha} after Holm's correction "
-            "over the trained strategies. P(improvement): share of replicates in which the "
-            "strategy is better."
+            "over the differences of all trained strategies in one family of metrics: recognition "
+            "(what recognisers make of the speech) or signal (comparison with the clean waveform). "
+            "P(improvement): share of replicates in which the strategy is better."
+        )
+        margins = {
+            m.title: m.margin_text() for m in comparison.main_metrics if m.margin is not None
+        }
+        stated = " and ".join(f"{text} of {name}" for name, text in margins.items())
+        text += (
+            " Verdicts: equivalent where two one-sided tests, adjusted likewise, put the "
+            f"difference within the margin of {stated}; else better, worse or undecided."
         )
     return text
 

@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from pi_finetune.errors import UserError
+from pi_finetune.results.declarations import NLL, SIGNAL_METRICS, WER, Metric
 from pi_finetune.results.runs import UNTRAINED, Run, common_utterances, load_runs, rank
 from pi_finetune.results.scores import (
-    LIKELIHOOD,
-    SIGNAL_METRICS,
-    Metric,
     MetricScores,
     metric_scores,
     metrics_of,
     recording,
+    resampling_units,
 )
 from pi_finetune.results.statistics import (
     Bootstrap,
@@ -31,24 +30,30 @@ from pi_finetune.results.statistics import (
 FEW_RECORDINGS = 20
 
 #: Dev scores in which runs may converge, the preferred first.
-DEV_METRICS = (
-    Metric("wer", "dev WER (%)", False, 2),
-    *(replace(m, label=f"dev {m.label}") for m in (LIKELIHOOD, *SIGNAL_METRICS)),
-)
+DEV_METRICS = (*(replace(m, title=f"dev {m.title}") for m in (WER, NLL, *SIGNAL_METRICS)),)
+#: Families over which p-values are adjusted: all differences of trained strategies in the metrics
+#: that need this reference.
+FAMILIES = {"transcript": "recognition", "clean": "signal"}
 
 
 @dataclass
 class SystemSummary:
     """A system's score in one metric over its seeds.
 
-    ``p_holm`` is the p-value of the difference, adjusted over the trained strategies; None for the
-    baseline and for untrained systems, which are no hypotheses.
+    ``p_holm`` is the p-value of the difference, and ``p_equivalence`` that of the equivalence
+    tests, each adjusted over the ``family``, which is named with its size; None for the baseline
+    and for untrained systems, which are no hypotheses. ``verdict`` is ``equivalent`` (within the
+    metric's margin, whatever the p-value of the difference), ``better``, ``worse`` or
+    ``undecided``. ``marker`` (* better, † worse) is of the difference alone.
     """
 
     seeds: list[int]
     level: Interval
     difference: Difference | None = None
     p_holm: float | None = None
+    p_equivalence: float | None = None
+    family: str = ""
+    verdict: str = ""
     marker: str = ""
 
 
@@ -95,6 +100,7 @@ class Comparison:
     curves: dict[str, dict[tuple[str, int], Curve]]
     convergence: dict[str, Convergence]
     bootstrap: Bootstrap
+    unit: str  # what utterances are drawn by: speaker or recording
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -168,8 +174,9 @@ def compare_runs(
         raise UserError(f"The scores of {test_set!r} hold no utterance. Evaluate anew.")
     ids = common_utterances(scored, intersect, notes)
     metrics = metrics_of(scored, recognizer)
-    scores = {m.name: metric_scores(scored, ids, m, notes) for m in metrics}
-    recordings = len({recording(id_) for id_ in ids})
+    units, unit = resampling_units(scored, ids, notes)
+    scores = {m.name: metric_scores(scored, ids, m, notes, units) for m in metrics}
+    recordings = len({recording(scored[0].scores[id_]) for id_ in ids})
     if recordings < FEW_RECORDINGS:
         notes.append(
             f"only {recordings} recordings: a bootstrap over so few gives intervals that are too "
@@ -181,6 +188,7 @@ def compare_runs(
     curves = {m.name: _curves(runs, m) for m in DEV_METRICS}
     dev_metric = _choose_dev_metric(curves, dev_metric)
     summary = {name: _summarise(table, baseline, bootstrap) for name, table in scores.items()}
+    _judge(metrics, summary, 1 - bootstrap.confidence)
     convergence = {}
     if dev_metric is not None:
         chosen = curves[dev_metric.name]
@@ -198,6 +206,7 @@ def compare_runs(
         curves=curves,
         convergence=convergence,
         bootstrap=bootstrap,
+        unit=unit,
         notes=notes,
     )
 
@@ -238,23 +247,43 @@ def _summarise(scores, baseline, bootstrap):
     if baseline not in systems:
         return result
     reference, weights = scores.resampling_units(baseline)
-    higher = scores.metric.higher_is_better
+    margin = scores.metric.margin_of(result[baseline].level.estimate) or None
     for system in systems:
         if system != baseline:
             values, _ = scores.resampling_units(system)
             # One seed means one data order and one set of mixtures for every strategy.
             paired = scores.seeds(system) == scores.seeds(baseline)
             result[system].difference = bootstrap.difference(
-                values, reference, weights, higher, paired
+                values, reference, weights, scores.metric.higher_is_better, paired, margin
             )
-    family = [s for s in systems if s != baseline and s not in UNTRAINED]
-    adjusted = holm([result[system].difference.p_value for system in family])
-    for system, p_value in zip(family, adjusted.tolist()):
-        result[system].p_holm = p_value
-        if p_value < 1 - bootstrap.confidence:
-            better = (result[system].difference.estimate > 0) == higher
-            result[system].marker = "*" if better else "†"
     return result
+
+
+def _judge(metrics, summary, alpha):
+    """Adjust the p-values of each family, and reach the verdicts."""
+    for reference, name in FAMILIES.items():
+        family = [
+            (metric, found)
+            for metric in metrics
+            if metric.reference == reference
+            for system, found in summary[metric.name].items()
+            if found.difference is not None and system not in UNTRAINED
+        ]
+        adjusted = holm([found.difference.p_value for _, found in family])
+        tested = [found for _, found in family if found.difference.p_equivalence is not None]
+        equivalence = holm([found.difference.p_equivalence for found in tested])
+        for found, p_value in zip(tested, equivalence.tolist()):
+            found.p_equivalence = p_value
+        for (metric, found), p_value in zip(family, adjusted.tolist()):
+            found.family = f"{name}, {len(family)}"
+            found.p_holm = p_value
+            found.verdict = "undecided"
+            if p_value < alpha:
+                better = (found.difference.estimate > 0) == metric.higher_is_better
+                found.verdict = "better" if better else "worse"
+                found.marker = "*" if better else "†"
+            if found.p_equivalence is not None and found.p_equivalence < alpha:
+                found.verdict = "equivalent"
 
 
 def _curves(runs, metric):

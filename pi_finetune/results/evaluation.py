@@ -15,7 +15,6 @@ from tqdm import tqdm
 from pi_finetune.data.audio import SAMPLE_RATE, limit
 from pi_finetune.data.loading import collate
 from pi_finetune.distributed import on_main, processes, rank
-from pi_finetune.enhancers import WEIGHTS_FILE
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
 from pi_finetune.recognizers import likelihoods, load_recognizer
@@ -62,7 +61,6 @@ def evaluate_system(
     pairs,
     recognizers,
     test_set="test",
-    weights=None,
     batch_size=4,
     workers=1,
     audio_examples=0,
@@ -81,15 +79,14 @@ def evaluate_system(
     folder : str or Path
         ``.../STRATEGY/SEED``, from which strategy and seed of the lines are taken.
     enhancer : callable or None
-        ``enhancer(Waveforms) -> Waveforms``; None scores the noisy input.
+        ``enhancer(Waveforms) -> Waveforms``; None scores the noisy input. A digest of its weights
+        is kept with the scores, so that those of others are not taken for its.
     pairs : pi_finetune.data.loading.SpeechPairs
         The test mixtures.
     recognizers : list
         From :mod:`pi_finetune.recognizers`; the first one's WER is the table's.
     test_set : str
         Name of the set, for the file and the lines.
-    weights : str or Path, optional
-        Folder or file of the enhancer's weights, so that scores of others are not taken for its.
     batch_size, workers : int
         Utterances enhanced at once; processes that compute PESQ and STOI.
     audio_examples : int
@@ -114,7 +111,7 @@ def evaluate_system(
     settings = {
         "pairs": pairs.fingerprint(),
         "recognizers": [recognizer.name for recognizer in recognizers],
-        "weights": _digest(weights),
+        "weights": _digest(enhancer),
         "audio_examples": audio_examples,
     }
     done = on_main(_begin, final, settings, overwrite)
@@ -154,6 +151,8 @@ def evaluate_system(
                 utterance, reference = batch.id[i], batch.text[i]
                 record = {
                     "id": utterance,
+                    "recording": batch.recording[i],
+                    "speaker": batch.speaker[i],
                     "strategy": strategy,
                     "seed": seed,
                     "set": test_set,
@@ -251,11 +250,13 @@ def _keep_audio(folder, utterance, kinds):
         audio_io.save(str(path), torch.from_numpy(wav.copy())[None], SAMPLE_RATE)
 
 
-def _digest(weights):
-    if weights is None:
+def _digest(enhancer):
+    """Of the model in memory: its file may hold another by now, if its training still goes on."""
+    if not isinstance(enhancer, torch.nn.Module):
         return None
-    path = Path(weights)
-    path = path / WEIGHTS_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path}: missing. Give a run folder in which training saved a model.")
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    config = json.dumps(getattr(enhancer, "config", None), sort_keys=True, default=str)
+    digest = hashlib.sha256(config.encode())
+    for name, tensor in sorted(enhancer.state_dict().items()):
+        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

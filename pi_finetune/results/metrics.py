@@ -13,6 +13,8 @@ import numpy as np
 from pesq import pesq
 from pystoi import stoi as pystoi
 
+from pi_finetune.results.declarations import NLL, SIGNAL_METRICS, WER
+
 SAMPLE_RATE = 16000
 #: Peak (after removing the mean) under which a signal counts as silent: -120 dBFS.
 SILENCE = 1e-6
@@ -22,10 +24,10 @@ PESQ_SECONDS = 19.0
 #: STOI compares 30 frames of 256 samples, hop 128, at 10 kHz.
 STOI_SECONDS = (29 * 128 + 256) / 10000
 
-#: All of them are better when higher.
-SIGNAL_SCORES = ("pesq", "stoi", "estoi", "si_sdr")
+#: Names of what :func:`signal_scores` computes.
+SIGNAL_SCORES = tuple(metric.name for metric in SIGNAL_METRICS)
 #: What can choose the best model and the best learning rate on dev speech; these need transcripts.
-TEXT_SCORES = ("wer", "nll")
+TEXT_SCORES = (WER.name, NLL.name)
 DEV_SCORES = (*TEXT_SCORES, "objective", *SIGNAL_SCORES)
 
 

@@ -48,12 +48,17 @@ class Difference(Interval):
 
     ``p_improvement`` is the share of replicates in which the system is better than the baseline,
     ties counting half (Bisani & Ney 2004); ``p_value`` the two-sided level at which the percentile
-    interval reaches 0; ``paired_seeds`` says whether seeds were paired too.
+    interval reaches 0; ``paired_seeds`` says whether seeds were paired too. ``p_equivalence`` is
+    the p-value of two one-sided tests (Schuirmann 1987) that the difference lies within
+    +-``margin``: the larger of the two, below alpha where the interval of confidence 1 - 2 alpha
+    lies within. None without a margin.
     """
 
     p_improvement: float
     p_value: float
     paired_seeds: bool
+    margin: float | None = None
+    p_equivalence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,9 @@ class Bootstrap:
         estimate = values.mean(0).sum() / weights.sum()
         return Interval(estimate, *self._bounds(self._draw([(1, values)], weights)))
 
-    def difference(self, values, baseline, weights, higher_is_better, paired_seeds=None):
+    def difference(
+        self, values, baseline, weights, higher_is_better, paired_seeds=None, margin=None
+    ):
         """Interval and test of a system's score minus a baseline's.
 
         Arguments
@@ -124,11 +131,16 @@ class Bootstrap:
         paired_seeds : bool, optional
             Row k of both was trained with one seed, which fixed data order and mixtures. Default:
             where S = S'.
+        margin : float, optional
+            Size of a difference that does not matter, in the score's unit. Default: none, and
+            equivalence is not tested.
 
         Returns
         -------
         Difference
         """
+        if margin is not None and not margin > 0:
+            raise ValueError(f"margin must be above 0, got {margin}")
         values, weights = _check(values, weights)
         baseline, weights = _check(baseline, weights)
         if paired_seeds is None:
@@ -140,14 +152,19 @@ class Bootstrap:
         replicates = self._draw(parts, weights)
         if replicates is None:
             nan = float("nan")
-            return Difference(estimate, nan, nan, nan, nan, paired_seeds)
+            return Difference(estimate, nan, nan, nan, nan, paired_seeds, margin)
         above = np.count_nonzero(replicates > 0) + 0.5 * np.count_nonzero(replicates == 0)
         share = above / len(replicates)
         tail = min(np.count_nonzero(replicates >= 0), np.count_nonzero(replicates <= 0))
         p_value = min(1.0, 2 * (tail + 1) / (len(replicates) + 1))
+        p_equivalence = None
+        if margin is not None:
+            beyond = (replicates <= -margin, replicates >= margin)
+            tail = max(map(np.count_nonzero, beyond))
+            p_equivalence = (tail + 1) / (len(replicates) + 1)
         low, high = self._bounds(replicates)
         share = share if higher_is_better else 1 - share
-        return Difference(estimate, low, high, share, p_value, paired_seeds)
+        return Difference(estimate, low, high, share, p_value, paired_seeds, margin, p_equivalence)
 
     def _bounds(self, replicates):
         if replicates is None:

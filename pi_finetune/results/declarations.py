@@ -1,0 +1,99 @@
+"""The metrics, each declared once; score files, tables, reports and dev curves come from here.
+
+What computes them is in :mod:`pi_finetune.results.metrics`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of an utterance, and of a set of them.
+
+    Arguments
+    ---------
+    name : str
+        Its key in score lines, tables and ``valid.jsonl``.
+    title : str
+        Of its column.
+    unit : str
+        "" where it has none.
+    higher_is_better : bool
+        Its direction.
+    digits : int
+        After the point, in tables.
+    reference : str or None
+        What it needs beside the enhanced speech: ``clean`` speech, a ``transcript``, or nothing.
+    source : str
+        Where it is defined.
+    margin : float, optional
+        Difference within which two systems count as equivalent, in the metric's unit. Default:
+        none is stated, and no equivalence is tested.
+    margin_is_relative : bool
+        Whether ``margin`` is a share of the baseline's score. Default: False.
+    recognizer : str, optional
+        Whose it is.
+    names_recognizer : bool
+        Whether the label does. Default: False.
+    """
+
+    name: str
+    title: str
+    unit: str
+    higher_is_better: bool
+    digits: int
+    reference: str | None
+    source: str
+    margin: float | None = None
+    margin_is_relative: bool = False
+    recognizer: str | None = None
+    names_recognizer: bool = False
+
+    @property
+    def label(self):
+        """Title, unit and, if asked for, recogniser."""
+        unit = f" ({self.unit})" if self.unit else ""
+        return f"{self.title}{unit}" + (f", {self.recognizer}" if self.names_recognizer else "")
+
+    def margin_of(self, level):
+        """The margin in the metric's unit, where the baseline's score is ``level``; or None."""
+        if self.margin is None:
+            return None
+        return self.margin * abs(level) if self.margin_is_relative else self.margin
+
+    def margin_text(self):
+        """``0.5 points``, ``2 %``, or "" without a margin."""
+        if self.margin is None:
+            return ""
+        if self.margin_is_relative:
+            return f"{100 * self.margin:g} %"
+        return f"{self.margin:g} {'points' if self.unit == '%' else self.unit}".strip()
+
+
+WER = Metric(
+    "wer", "WER", "%", False, 2, "transcript",
+    "word errors over reference words, after Whisper's English normalisation", margin=0.5,
+)  # fmt: skip
+#: Of a recogniser of phonemes; its key is that of WER.
+PER = Metric(
+    "wer", "PER", "%", False, 2, "transcript", "phoneme errors over reference phonemes", margin=0.5
+)
+NLL = Metric(
+    "nll", "NLL", "nats/token", False, 3, "transcript",
+    "negative log-likelihood of the true transcript under the recogniser, a token being Whisper's, "
+    "a character or a phoneme",
+    margin=0.02, margin_is_relative=True,
+)  # fmt: skip
+#: What compares the enhanced with the clean waveform.
+SIGNAL_METRICS = (
+    Metric("pesq", "PESQ", "", True, 3, "clean", "wide-band MOS-LQO, ITU-T P.862.2 (2007)"),
+    Metric("stoi", "STOI", "", True, 4, "clean", "Taal et al., IEEE TASLP 19(7), 2011"),
+    Metric("estoi", "ESTOI", "", True, 4, "clean", "Jensen & Taal, IEEE/ACM TASLP 24(11), 2016"),
+    Metric("si_sdr", "SI-SDR", "dB", True, 2, "clean", "Le Roux et al., ICASSP 2019"),
+)
+METRICS = (WER, PER, NLL, *SIGNAL_METRICS)
+
+
+def higher_is_better(score):
+    """The direction of a score by its name; what is no declared metric is a loss, and lower is."""
+    return any(metric.higher_is_better for metric in METRICS if metric.name == score)
