@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Processes of make test; each needs a core and 2 GB.
 WORKERS ?= 2
 
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test lint docs clean kernels kernels-short gpu benchmarks-test
 
 setup: $(VENV)/.complete
 
@@ -48,5 +48,42 @@ $(VENV)/.docs: $(VENV)/.complete docs/requirements.txt
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
 	@touch "$@"
 
+# The Triton kernels on a checker that needs no GPU, and their compilation pass by pass. It needs
+# Python 3.12 or 3.13, which PYTHON312 names, and an environment of its own.
+KERNELS := .venv-kernels
+PYTHON312 ?= $(firstword $(foreach p,python3.12 python3.13 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[23].*/bin/python),$(shell $(p) -c 'import sys; print("$(p)" if (3, 12) <= sys.version_info < (3, 14) else "")' 2>/dev/null)))
+SANITIZE = PYTHONPATH=.:tests/soft_dtw "$(KERNELS)/bin/python" -m ttsem.sanitize pytest tests/soft_dtw/kernels.py -q \
+  --confcutdir=tests/soft_dtw -p no:cacheprovider -o addopts= -o markers="short: the part that CI runs"
+
+$(KERNELS)/.complete: tests/soft_dtw/kernels.txt
+	@test -n "$(PYTHON312)" || { echo "error: make kernels needs Python 3.12 or 3.13; set PYTHON312=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON312) -m venv "$(KERNELS)"
+	"$(KERNELS)/bin/python" -m pip install --quiet --disable-pip-version-check -r tests/soft_dtw/kernels.txt
+	@touch "$@"
+
+kernels: $(KERNELS)/.complete
+	$(SANITIZE)
+	PYTHONPATH=. "$(KERNELS)/bin/python" -m ttsem.validate tests/soft_dtw/validated.py
+
+# The short part, where there is an interpreter for it.
+kernels-short:
+	@if test -n "$(PYTHON312)"; then $(MAKE) "$(KERNELS)/.complete" && $(SANITIZE) -m short; \
+	  else echo "skipped: the Triton kernels are not checked, no Python 3.12 or 3.13 was found (PYTHON312)"; fi
+
+# Whatever needs a GPU, in ten minutes at most: build/gpu/gpu.json and gpu.md say what passed.
+gpu: setup
+	"$(BIN)/python" benchmarks/gpu.py --output build/gpu
+
+# Other libraries' own test cases, with our soft-DTW in the place of theirs.
+benchmarks-test: .venv-peers/.complete
+	PYTHONPATH=.:tests/soft_dtw .venv-peers/bin/python -m pytest -q -p no:cacheprovider --confcutdir=tests/soft_dtw tests/soft_dtw/peers.py
+
+.venv-peers/.complete: $(VENV)/.complete benchmarks/requirements.txt
+	"$(BIN)/python" -m venv .venv-peers
+	echo "import site; site.addsitedir('$$("$(BIN)/python" -c "import sysconfig; print(sysconfig.get_path(\"purelib\"))")')" \
+	  > "$$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/_base.pth"
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	@touch "$@"
+
 clean:
-	rm -rf "$(VENV)" results site
+	rm -rf "$(VENV)" "$(KERNELS)" .venv-peers results site build/gpu
