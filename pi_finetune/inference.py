@@ -6,7 +6,8 @@
 
 Long recordings go through in chunks, with as much context around each as the
 model can see, and are joined by a cross-fade. So memory does not grow with the
-length, and for a model of finite reach the chunks leave no trace.
+length, and the chunks leave no trace: not for a model of finite reach, nor for one
+that can go on from its state (:class:`pi_finetune.enhancers.Demucs`).
 """
 
 import io
@@ -112,8 +113,15 @@ class Enhancer:
         step = math.lcm(SAMPLE_RATE, grid) // SAMPLE_RATE
         context = getattr(module, "context", None)
         seconds = UNBOUNDED_CONTEXT if context is None else context / SAMPLE_RATE
+        if self._resumes:
+            seconds = 3 * module.reach / SAMPLE_RATE
         self.context_seconds = step * math.ceil(seconds / step)
         self.chunk_seconds = step * math.ceil(chunk_seconds / step)
+
+    @property
+    def _resumes(self):
+        """Whether the module goes on in a chunk from its state after the last."""
+        return hasattr(self.module, "enhance_window")
 
     @classmethod
     def from_run(cls, folder=None, device=None, trust=False, **options):
@@ -166,14 +174,18 @@ class Enhancer:
         if wav.numel() == 0:
             return wav.float().cpu()
         rows = wav.detach().float().cpu().reshape(-1, wav.shape[-1]).numpy()
-        position = 0
 
-        def read(frames):
-            nonlocal position
-            position += frames
-            return rows[:, position - frames : position]
+        def opened():
+            position = 0
 
-        pieces = list(self._stream(read, sample_rate, mix))
+            def read(frames):
+                nonlocal position
+                position += frames
+                return rows[:, position - frames : position]
+
+            return read
+
+        pieces = list(self._stream(opened, sample_rate, mix))
         return torch.from_numpy(np.concatenate(pieces, axis=1)).reshape(wav.shape)
 
     def enhance_file(self, source, target, mix=1.0, progress=None):
@@ -213,12 +225,12 @@ class Enhancer:
         with _open(source) as reader:
             rate, channels = reader.samplerate, reader.channels
             kind, wanted = _output_format(target, reader)
-            read = _reader(reader, source)
+            opened = _reader(reader, source)
             try:
                 # The peak is known at the end only, so the samples wait in a file without a name.
                 with _scratch(target) as scratch:
                     peak = 0.0
-                    for piece in self._stream(read, rate, mix):
+                    for piece in self._stream(opened, rate, mix):
                         peak = max(peak, float(np.abs(piece).max(initial=0)))
                         scratch.write(piece.T.astype(np.float32).tobytes())
                         if progress:
@@ -243,17 +255,39 @@ class Enhancer:
                 raise UserError(why_not_written(target, error)) from error
         return written
 
-    def _stream(self, read, rate, mix):
-        """Yield pieces [C, n] of what ``read(frames) -> [C, <= frames]`` gives, enhanced."""
+    def _stream(self, opened, rate, mix):
+        """Yield pieces [C, n], enhanced, of what ``opened()`` reads from the beginning on.
+
+        ``opened() -> read`` and ``read(frames) -> [C, <= frames]``.
+        """
         if not 0 <= mix <= 1:
             raise ValueError(f"mix must be from 0 to 1, got {mix}")
         if rate != int(rate) or rate < 1:
             raise ValueError(f"sample_rate must be a whole number of Hz, got {rate}")
         rate = int(rate)
-        chunk, context, fade = self.chunk_seconds * rate, self.context_seconds * rate, rate // 2
+        streams = self._streams(opened(), rate) if self._resumes and mix > 0 else None
+        chunk, fade = self.chunk_seconds * rate, rate // 2
         ramp = np.linspace(0, 1, fade + 2, dtype=np.float32)[1:-1]
-        window, tail = None, None  # the input from ``origin`` on, and what is to be faded out
-        origin = start = 0
+        tail = None  # what is to be faded out
+        for window, origin, start, end, last in self._windows(opened(), rate):
+            here = slice(start - origin, end - origin)
+            if mix > 0:
+                piece = self._enhance(window, rate, origin, start + chunk, streams)[:, here]
+            else:
+                piece = window[:, here].copy()
+            if tail is not None:
+                piece[:, :fade] = ramp * piece[:, :fade] + (1 - ramp) * tail
+            piece, tail = (piece, None) if last else (piece[:, :chunk], piece[:, chunk:])
+            yield mix * piece + (1 - mix) * window[:, start - origin :][:, : piece.shape[1]]
+
+    def _windows(self, read, rate):
+        """Yield windows [C, n] of a recording, and of each ``origin, start, end, last``.
+
+        Samples ``start`` to ``end`` are a chunk and what is faded into the next; from ``origin`` to
+        ``start``, and after ``end``, lies context.
+        """
+        chunk, context, fade = self.chunk_seconds * rate, self.context_seconds * rate, rate // 2
+        window, origin, start = None, 0, 0
         while True:
             wanted = start + chunk + fade + context
             have = origin + (0 if window is None else window.shape[1])
@@ -264,33 +298,57 @@ class Enhancer:
             window = block if window is None else np.concatenate([window, block], axis=1)
             available = have + block.shape[1]
             end = min(start + chunk + fade, available)
-            last = end == available
-            here = slice(start - origin, end - origin)
-            piece = self._enhance(window, rate)[:, here] if mix > 0 else window[:, here].copy()
-            if tail is not None:
-                piece[:, :fade] = ramp * piece[:, :fade] + (1 - ramp) * tail
-            piece, tail = (piece, None) if last else (piece[:, :chunk], piece[:, chunk:])
-            yield mix * piece + (1 - mix) * window[:, start - origin :][:, : piece.shape[1]]
-            if last:
+            yield window, origin, start, end, end == available
+            if end == available:
                 return
             start += chunk
             drop = max(0, start - context - origin)
             window, origin = window[:, drop:], origin + drop
 
+    def _streams(self, read, rate):
+        """Where a module that resumes begins: with the scale of the whole recording, by groups."""
+        count, total, squares = 0, 0.0, 0.0
+        for window, origin, start, _, last in self._windows(read, rate):
+            wavs = resample(window, rate, SAMPLE_RATE).astype(np.float64)
+            first = (start - origin) * SAMPLE_RATE // rate
+            stop = None if last else first + self.chunk_seconds * SAMPLE_RATE
+            wavs = wavs[:, first:stop]
+            count += wavs.shape[1]
+            total = total + wavs.sum(axis=1)
+            squares = squares + np.square(wavs).sum(axis=1)
+        variance = np.maximum(squares - total**2 / max(count, 1), 0) / max(count - 1, 1)
+        scale = torch.from_numpy(np.sqrt(variance)).float().to(self.device)[:, None]
+        return [self.module.beginning(rows) for rows in scale.tensor_split(_groups(len(scale)))]
+
     @torch.inference_mode()
-    def _enhance(self, window, rate):
-        """Enhance rows [C, T] at ``rate`` Hz in one go."""
-        groups = []
-        for rows in np.array_split(window, -(-len(window) // _ROWS)):
+    def _enhance(self, window, rate, origin, following, streams):
+        """Enhance rows [C, T] at ``rate`` Hz, which begin at ``origin``, in one go.
+
+        ``streams`` is None, or is moved to where the chunk that begins at ``following`` needs it.
+        """
+        done = []
+        for i, rows in enumerate(np.array_split(window, _groups(len(window)))):
             wavs = torch.from_numpy(np.ascontiguousarray(resample(rows, rate, SAMPLE_RATE)))
             wavs = wavs.to(self.device)
-            lengths = torch.full((len(wavs),), wavs.shape[1], device=self.device)
-            enhanced = self.module(wavs, lengths).float().cpu().numpy()
-            groups.append(resample(enhanced, SAMPLE_RATE, rate)[:, : window.shape[1]])
+            if streams is None:
+                lengths = torch.full((len(wavs),), wavs.shape[1])
+                enhanced = self.module(wavs, lengths)
+            else:
+                first, then = (place * SAMPLE_RATE // rate for place in (origin, following))
+                enhanced, streams[i] = self.module.enhance_window(
+                    wavs, first, streams[i], then - 2 * self.module.reach
+                )
+            enhanced = enhanced.float().cpu().numpy()
+            done.append(resample(enhanced, SAMPLE_RATE, rate)[:, : window.shape[1]])
         # No wider than the context, so that chunks agree.
         reach = int(min(_SILENCE_SECONDS, self.context_seconds) * rate)
         heard = maximum_filter1d(np.abs(window), 2 * reach + 1, axis=1, mode="constant") > 0
-        return np.concatenate(groups) * heard
+        return np.concatenate(done) * heard
+
+
+def _groups(rows):
+    """Into how many groups so many rows are split."""
+    return -(-rows // _ROWS)
 
 
 def find_model(source):
@@ -394,7 +452,7 @@ def _open(path):
 
 
 def _reader(reader, path):
-    """Return ``read(frames) -> [C, n]`` that names the file when it fails."""
+    """``opened() -> read(frames) -> [C, n]`` that begins anew, and names the file when it fails."""
 
     def read(frames):
         try:
@@ -407,7 +465,12 @@ def _reader(reader, path):
             )
         return block
 
-    return read
+    def opened():
+        if reader.tell():
+            reader.seek(0)
+        return read
+
+    return opened
 
 
 def _suffix_kind(path):

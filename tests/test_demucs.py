@@ -1,11 +1,13 @@
 """Demucs against the class it is to equal, in batches, in windows, and its checkpoints."""
 
 import pytest
+import soundfile
 import torch
 
 from pi_finetune.enhancers import Demucs, load_denoiser_checkpoint, load_weights
 from pi_finetune.enhancers.demucs import Stream, deviation, downsample, half_sample_filter, upsample
 from pi_finetune.errors import UserError
+from pi_finetune.inference import Enhancer
 
 SMALL = {"hidden": 4, "depth": 3}
 CONFIGURATIONS = {
@@ -110,6 +112,38 @@ def test_windows_equal_the_whole(window):
             start = end
         whole = model(wavs)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=1e-5 * whole.std())
+
+
+@pytest.mark.parametrize("rate", [16000, 8000, 44100])
+@pytest.mark.parametrize("seconds", [1, 5, 6.5, 9.3])
+def test_a_recording_in_chunks_equals_the_whole(rate, seconds):
+    """6.5 s end where a fade does."""
+    torch.manual_seed(0)
+    model = Demucs(hidden=4, depth=5)
+    wavs = noise(5, int(seconds * rate))  # five channels: two groups
+    wavs[1] *= 3
+    wavs[:, : rate // 2] *= 0.1
+    whole = Enhancer(model, chunk_seconds=30, device="cpu").enhance(wavs, rate)
+    chunks = Enhancer(model, chunk_seconds=2, device="cpu").enhance(wavs, rate)
+    torch.testing.assert_close(chunks, whole, rtol=0, atol=2e-5 * whole.std().item())
+    if rate == 16000:
+        with torch.no_grad():
+            exact = model(wavs)
+        torch.testing.assert_close(whole, exact, rtol=0, atol=2e-5 * exact.std().item())
+
+
+def test_a_file_in_chunks_equals_the_whole(tmp_path):
+    torch.manual_seed(0)
+    model = Demucs(hidden=4, depth=5)
+    wav = noise(16000 * 7)
+    soundfile.write(tmp_path / "in.wav", wav.numpy(), 16000, subtype="FLOAT")
+    Enhancer(model, chunk_seconds=2, device="cpu").enhance_file(
+        tmp_path / "in.wav", tmp_path / "out.wav"
+    )
+    found = torch.from_numpy(soundfile.read(tmp_path / "out.wav", dtype="float32")[0])
+    with torch.no_grad():
+        exact = model(wav[None])[0]
+    torch.testing.assert_close(found, exact, rtol=0, atol=2e-5 * exact.std().item())
 
 
 def test_a_window_off_the_grid_is_refused():

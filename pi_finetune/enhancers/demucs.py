@@ -198,6 +198,11 @@ class Demucs(WaveformEnhancer):
         x = self.lstm["lstm"](skips[-1].permute(2, 0, 1))[0].permute(1, 2, 0)
         return scale * self._decode(x, skips, sizes)[:, 0, : wavs.shape[1]]
 
+    @staticmethod
+    def beginning(scale: Tensor) -> Stream:
+        """The stream at the beginning of recordings with standard deviations ``scale`` [B, 1]."""
+        return Stream(scale)
+
     def enhance_window(
         self, wavs: Tensor, origin: int, stream: Stream, resume_at: int
     ) -> tuple[Tensor, Stream]:
