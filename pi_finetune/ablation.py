@@ -22,6 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 from pi_finetune.commands import divide, words
 from pi_finetune.config import check_overrides, find_hparams
 from pi_finetune.errors import UserError
@@ -32,6 +35,8 @@ from pi_finetune.settings import check_choice
 logger = logging.getLogger(__name__)
 
 STAMP = "ablation.json"
+#: Systems that are scored without a training.
+UNTRAINED = ("noisy", "clean", "pretrained")
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ class Ablation:
             raise UserError(f"{', '.join(sorted(both))}: both in strategies and in controls.")
         if self.strategies and not self.teachers:
             raise UserError("teachers: give at least one, as NAME: {teacher_source: FOLDER}.")
-        for name in {"noisy", "pretrained", "controls", "search"} & set(self.teachers):
+        for name in {*hparams["untrained"], "controls", "search"} & set(self.teachers):
             raise UserError(f"teachers: {name!r} is the name of a folder here; take another.")
         from pi_finetune.results.metrics import DEV_SCORES  # imports much, and workers load this
 
@@ -200,13 +205,15 @@ class Ablation:
         place, seed, rate = self.results, hparams["seeds"][0], hparams["lrs"][0]
         for group in self.groups:
             self._training(place, *group, seed, rate)  # a misspelt key is an error before all runs
+        for name in hparams["untrained"]:
+            check_choice("untrained", name, UNTRAINED)
         self._evaluation("noisy")
 
     def cells(self):
         """All cells in the order in which they should run: teacher by teacher, seed by seed."""
         cells = [
             Cell(self.results / name / "0", lambda name=name: [self._evaluation(name)])
-            for name in ("noisy", "pretrained")
+            for name in self.hparams["untrained"]
         ]
         for place, groups in itertools.groupby(self.groups, key=lambda group: group[0]):
             groups = list(groups)
@@ -243,13 +250,14 @@ class Ablation:
     def comparisons(self):
         """What to compare, over what has been scored: ``(runs, options)``, one a teacher."""
         comparisons = []
-        shared = [self.results / name for name in ("noisy", "pretrained", "controls")]
+        shared = [self.results / name for name in (*self.hparams["untrained"], "controls")]
         shared = [folder for folder in shared if any(folder.rglob("scores"))]
         for teacher in self.teachers or ["controls"]:
             folder = self.results / teacher
+            place = folder if len(self.teachers) > 1 else self.results
             if any(folder.rglob("scores/*.jsonl")):
                 paths = dict.fromkeys([*shared, folder])
-                options = {"output_folder": folder, **self.hparams["compare"]}
+                options = {"output_folder": place, **self.hparams["compare"]}
                 comparisons.append((list(paths), options))
         return comparisons
 
@@ -355,6 +363,10 @@ def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=
     if threading.current_thread() is not threading.main_thread():  # may set no handlers
         handlers = {}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    progress = contextlib.ExitStack()
+    progress.enter_context(logging_redirect_tqdm())
+    bar = tqdm(total=total, desc="runs", unit="run", disable=None, smoothing=0)
+    progress.enter_context(bar)
     try:
         while waiting or running:
             begun = {}
@@ -397,12 +409,14 @@ def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=
                 state = "failed" if reason else "done"
                 minutes = (time.monotonic() - started) / 60
                 logger.info(f"[{finished}/{total}, {minutes:.0f} min] {cell.folder}: {state}")
+                bar.update()
             time.sleep(poll_seconds if running else 0)
     except BaseException:
         for job in running.values():
             job.cancel()
         raise
     finally:
+        progress.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     return failed

@@ -375,13 +375,16 @@ class LogMel(nn.Module):
         return self
 
     def frames(self, lengths):
-        """How many frames lengths (in samples) make."""
-        return (lengths - self.window + self.step) // self.step // self.stacked
+        """Number of frames [B] (int64) of utterances of ``lengths`` [B] samples."""
+        lengths = torch.as_tensor(lengths, dtype=torch.int64)
+        windows = (lengths - self.window).div(self.step, rounding_mode="floor") + 1
+        return windows.div(self.stacked, rounding_mode="floor").clamp(min=0)
 
-    def hidden_states(self, wavs, lengths):
-        """``([1, B, F, 240], frame_lengths [B])`` of wavs [B, T] and lengths [B] in samples."""
-        frames = self.frames(lengths)
-        pieces = wavs.float().unfold(1, self.window, self.step) * self.taper
+    def hidden_states(self, wavs, lengths=None):
+        """States [1, B, F, 240] and frame lengths [B] of ``Waveforms``, or of wavs [B, T]."""
+        wavs = Waveforms.of(wavs, lengths)
+        frames = self.frames(wavs.lengths)
+        pieces = wavs.data.float().unfold(1, self.window, self.step) * self.taper
         power = torch.fft.rfft(pieces, 512).abs().square() @ self.filters
         power = power[:, : int(frames.max()) * self.stacked]
         return (power + 1e-6).log().unflatten(1, (-1, self.stacked)).flatten(2)[None], frames

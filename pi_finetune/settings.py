@@ -247,6 +247,7 @@ SETTINGS = _table(
     # Ablation
     strategies=(NAMES, "what is compared"),
     controls=(NAMES, "strategies without a teacher"),
+    untrained=(NAMES, "systems without a training"),
     teachers=(NAMES, "teachers"),
     seeds=(sequence(whole(0), "whole numbers, 0 or more", empty=True), "seeds"),
     lrs=(sequence(number(above=0), "learning rates above 0", empty=True), "learning rates"),

@@ -16,6 +16,7 @@ from typing import Any
 
 from pi_finetune.commands import words
 from pi_finetune.errors import UserError, command
+from pi_finetune.report.plain import plain_summary
 from pi_finetune.report.tables import (
     difference_table,
     markdown,
@@ -31,6 +32,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "output_folder": {"help": "default: the folder that holds the strategies"},
     "set": {"help": "which scores/SET.jsonl; default: test, or the only one"},
     "baseline": {"default": "mse", "help": "differences are taken from it (%(default)s)"},
+    "plain": {
+        "action": "store_true",
+        "default": False,
+        "help": "print a short table, best first, with a sentence",
+    },
     "html": {"action": "store_true", "default": False, "help": "write report.html too"},
     "utterances": {"nargs": "+", "metavar": "ID", "help": "examples of the report"},
     "position_folders": {
@@ -113,6 +119,14 @@ def compare(runs, **options):
                 position_folders=position or [folder / "position"],
             )
         )
+    if args.plain:
+        for note in comparison.notes:
+            print(f"note: {note}")
+        print(f"\n{plain_summary(comparison)}\n")
+        print(f"All numbers: {folder / 'table.csv'}")
+        if args.html:
+            print(f"Report, with audio: {folder / 'report.html'}")
+        return written
     print(run_table(comparison, markdown))
     print(summary_table(comparison, markdown))
     if comparison.baseline is not None:

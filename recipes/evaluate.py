@@ -3,8 +3,8 @@
     python recipes/evaluate.py hparams/evaluate.yaml --run results/soft_dtw/1234
     python recipes/evaluate.py hparams/evaluate.yaml --run "[noisy, pretrained, results/mse/1234]"
 
-`noisy` scores the unprocessed mixtures, `pretrained` the enhancer that
-fine-tuning starts from. Interrupted, the same command continues. With `torchrun
+`noisy` scores the unprocessed mixtures, `clean` the speech in them, `pretrained` the enhancer
+that fine-tuning starts from. Interrupted, the same command continues. With `torchrun
 --nproc_per_node=N --` in place of `python`, N processes share the utterances.
 """
 
@@ -28,11 +28,12 @@ def load_pretrained(hparams, device):
     runs = hparams["run"] if isinstance(hparams["run"], list) else [hparams["run"]]
     systems = []
     for run in runs:
-        weights = {"noisy": None, "pretrained": hparams["enhancer_weights"]}.get(run, run)
+        untrained = {"noisy": None, "clean": None, "pretrained": hparams["enhancer_weights"]}
+        weights = untrained.get(run, run)
         folder = Path(run)
-        if run in ("noisy", "pretrained"):
+        if run in untrained:
             folder = Path(hparams["results_folder"], run, "0")
-        enhancer = None
+        enhancer = "clean" if run == "clean" else None
         if weights is not None:
             enhancer = load_enhancer(weights, trust=hparams["trust"]).to(device).eval()
         systems.append((folder, enhancer))
@@ -42,9 +43,9 @@ def load_pretrained(hparams, device):
 def evaluate(experiment="evaluate", overrides=None, run_opts=None):
     """Score enhancers on a test set: signal metrics and WER, one JSON line per utterance.
 
-    run names a run folder, noisy, pretrained, or a list of these: noisy scores the unprocessed
-    mixtures, pretrained the enhancer that fine-tuning starts from. Interrupted, the same call
-    continues.
+    run names a run folder, noisy, clean, pretrained, or a list of these: noisy scores the
+    unprocessed mixtures, clean the speech in them, pretrained the enhancer that fine-tuning starts
+    from. Interrupted, the same call continues.
 
     Arguments
     ---------

@@ -18,7 +18,7 @@ from pi_finetune.data.loading import (
     collate,
     load_pairs,
 )
-from pi_finetune.data.mixing import NoiseMixer, mix_at_snr
+from pi_finetune.data.mixing import NoiseMixer, mix_at_snr, random_filter
 from pi_finetune.data.shard_writer import write_shards
 from pi_finetune.errors import UserError
 
@@ -374,3 +374,14 @@ def test_a_batch_has_whole_lengths_on_the_cpu_and_names_of_its_waveforms():
 
 def _rng():
     return np.random.default_rng(5)
+
+
+def test_a_random_filter_colours_and_moves_nothing():
+    wav = torch.randn(16000, generator=torch.Generator().manual_seed(0))
+    filtered = random_filter(wav, _rng())
+    again = random_filter(wav, _rng())
+    assert torch.equal(filtered, again) and filtered.shape == wav.shape
+    levels = (torch.fft.rfft(filtered).abs() / torch.fft.rfft(wav).abs()).log10() * 20
+    assert levels.abs().max() < 12.1 and levels.std() > 2
+    correlation = torch.fft.irfft(torch.fft.rfft(filtered) * torch.fft.rfft(wav).conj())
+    assert int(correlation.argmax()) == 0

@@ -594,3 +594,16 @@ class TestLoadingErrors:
         assert load_weights(target, folder / "enhancer.safetensors") is target
         for key, value in source.state_dict().items():
             assert torch.equal(target.state_dict()[key], value)
+
+
+def test_a_share_of_the_input_is_kept():
+    torch.manual_seed(0)
+    whole, mixed = MaskEnhancer().eval(), MaskEnhancer(mix=0.6).eval()
+    with torch.no_grad():
+        whole.mask.conv.weight.mul_(20)
+    mixed.load_state_dict(whole.state_dict())
+    wavs = 0.1 * torch.randn(2, 8000)
+    with torch.no_grad():
+        expected = 0.6 * whole(wavs) + 0.4 * wavs
+        assert torch.allclose(mixed(wavs), expected, atol=1e-6)
+        assert not torch.allclose(mixed(wavs), whole(wavs), atol=1e-3)

@@ -30,6 +30,7 @@ from pi_finetune.recognizers import (
     CharacterTokenizer,
     CTCHead,
     CTCRecognizer,
+    LogMel,
     PhonemeTokenizer,
     WhisperRecognizer,
     gives_likelihood,
@@ -727,3 +728,16 @@ def test_corpus_without_transcripts_or_noise(train, corpus, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train("other", updates=3)
     assert "multiple of valid_every" in capsys.readouterr().err
+
+
+def test_log_mel_frames_do_not_depend_on_padding():
+    encoder = LogMel()
+    wavs = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([9000, 5200])
+    states, frames = encoder.hidden_states(wavs, lengths)
+    assert states.shape == (1, 2, int(frames.max()), encoder.dim)
+    assert torch.equal(frames, encoder.frames(lengths))
+    alone, count = encoder.hidden_states(wavs[1:, :5200])
+    assert count[0] == frames[1]
+    assert torch.allclose(alone[0, 0], states[0, 1, : frames[1]], atol=1e-5)
+    assert encoder.frames(torch.tensor([0, encoder.receptive_field])).tolist() == [0, 1]

@@ -78,9 +78,10 @@ def evaluate_system(
     ---------
     folder : str or Path
         ``.../STRATEGY/SEED``, from which strategy and seed of the lines are taken.
-    enhancer : callable or None
-        ``enhancer(Waveforms) -> Waveforms``; None scores the noisy input. A digest of its weights
-        is kept with the scores, so that those of others are not taken for its.
+    enhancer : callable, None or "clean"
+        ``enhancer(Waveforms) -> Waveforms``; None scores the noisy input, "clean" the target. A
+        digest of its weights is kept with the scores, so that those of others are not taken for
+        its.
     pairs : pi_finetune.data.loading.SpeechPairs
         The test mixtures.
     recognizers : list
@@ -139,8 +140,8 @@ def evaluate_system(
         torch.inference_mode(),
     ):
         for batch in loader:
-            wavs = batch.noisy.to(device)
-            if enhancer is not None:
+            wavs = (batch.clean if enhancer == "clean" else batch.noisy).to(device)
+            if callable(enhancer):
                 wavs = enhancer(wavs)
             given = (wavs.data, wavs.lengths)
             heard = [(r, r(*given), likelihoods(r, *given, batch.text)) for r in recognizers]
