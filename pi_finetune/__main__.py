@@ -345,15 +345,15 @@ def run_enhance(options):
     import torch
     from tqdm import tqdm
 
+    from pi_finetune.distributed import check_device
     from pi_finetune.inference import Enhancer, output_paths
 
     pairs = output_paths(options.inputs, options.output)
     if options.skip_existing:
         pairs = [(source, target) for source, target in pairs if not target.exists()]
-    try:
-        enhancer = Enhancer.from_run(options.model, device=options.device, trust=options.trust)
-    except RuntimeError as error:  # torch's answer to a device that is not there
-        raise UserError(f"--device {options.device} cannot be used: {error}") from error
+    if options.device is not None:
+        check_device(options.device)
+    enhancer = Enhancer.from_run(options.model, device=options.device, trust=options.trust)
 
     def seconds(path):
         try:

@@ -30,7 +30,7 @@ RETIRED = {
 }
 
 
-def load_hparams(path, overrides=None):
+def load_hparams(path, overrides=None, needs=()):
     """Load an experiment file.
 
     A file may begin with ``extends: OTHER.yaml``; then OTHER (relative to the
@@ -45,6 +45,8 @@ def load_hparams(path, overrides=None):
     overrides : dict or str, optional
         Values that replace top-level keys; as text, YAML. A text that begins with ``!`` is a tag,
         as in a file. A key the file does not have is an error.
+    needs : sequence of str
+        Keys that the caller will read: a file without one belongs to another recipe.
 
     Returns
     -------
@@ -55,14 +57,17 @@ def load_hparams(path, overrides=None):
     Raises
     ------
     UserError
-        A file is missing or is no YAML, a key is unknown, a reference is wrong.
+        A file is missing or is no YAML, a key is unknown or lacking, a reference is wrong.
     """
+    check_needs(path, needs)
     text = resolve(path, overrides)
     settings.check_values(settings.read(text))
     try:
         return load_hyperpyyaml(text), text
     except UserError:
         raise
+    except ruamel.yaml.constructor.ConstructorError as error:  # a tag that there is not
+        raise UserError(f"{path}: {error.problem}.") from None
     except (ImportError, TypeError, ValueError) as error:
         raise _mistake_in_yaml(path, error) from error
 
@@ -116,6 +121,15 @@ def resolve(path, overrides=None):
 def check_overrides(path, overrides):
     """Raise a UserError, as :func:`load_hparams` would, if a key or a value is wrong."""
     settings.check_values(settings.read(resolve(path, overrides)))
+
+
+def check_needs(path, needs):
+    """Raise a UserError if the experiment file lacks a key of ``needs``: another recipe's file."""
+    lacking = sorted(set(needs) - set(keys(path))) if needs else []
+    if lacking:
+        raise UserError(
+            f"{path} is no experiment file for this command: it has no key {lacking[0]}."
+        )
 
 
 def keys(path):
@@ -267,6 +281,8 @@ def _extended(path, seen, texts, own):
     base = tree.pop("extends", None)
     if base is None:
         return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends names one file, got {base!r}.")
     merged = _extended(_beside(path, base), (*seen, path.resolve()), texts, own)
     known = [str(key) for key in merged]
     own += [(path, str(k), known) for k in tree if k not in merged and not str(k).startswith("__")]

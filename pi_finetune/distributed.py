@@ -42,16 +42,21 @@ def start_processes(run_opts):
     sb.utils.distributed.ddp_init_group(run_opts)
     # SpeechBrain's default is None, which .to() takes for "stay where you are".
     device = run_opts.device or sb.utils.distributed.infer_device()
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot be used: {reason}") from None
+    check_device(device)
     if rank() == 0:
         print(f"device: {device_name(device)}", flush=True)
     return dataclasses.replace(
         run_opts, device=device, overridden_args=run_opts.overridden_args | {"device"}
     )
+
+
+def check_device(device):
+    """Raise a UserError if a device cannot compute here."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used: {reason}") from None
 
 
 def device_name(device):

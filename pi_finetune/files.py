@@ -97,7 +97,7 @@ def why_not_written(path, error):
             f"Cannot write {shown(path)}: the disk of {shown(folder)} is full. "
             "Free space there, or name a place on another disk."
         )
-    return f"Cannot write {shown(path)}: {error}"
+    return f"Cannot write {shown(path)}: {getattr(error, 'strerror', None) or error}."
 
 
 def shown(path):

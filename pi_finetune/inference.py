@@ -427,6 +427,12 @@ def output_paths(inputs, output):
             pairs.append((path, output / path.name))
         else:
             raise UserError(f"There is no file or folder {path}.")
+    if re.fullmatch(r"\.[a-z]+[0-9]*", output.suffix.lower()) and not output.is_dir():
+        what = "no audio format" if _suffix_kind(output) is None else "for one input file alone"
+        raise UserError(
+            f"{shown(output)}: its suffix is {what}. Name a file with .wav, .flac, .ogg, .opus or "
+            ".mp3 for one input file, or a folder."
+        )
     targets = {}
     for source, target in pairs:
         if target in targets:
@@ -444,11 +450,16 @@ def _open(path):
     except (OSError, RuntimeError, TypeError) as error:  # TypeError: raw data without a header
         if not path.is_file():
             raise UserError(f"There is no file {shown(path)}.") from None
-        raise UserError(f"{shown(path)} cannot be read as audio: {error}") from error
+        raise UserError(f"{shown(path)} cannot be read as audio: {_reason(error)}") from error
     if reader.frames == 0:
         reader.close()
         raise UserError(f"{shown(path)} holds no samples.")
     return reader
+
+
+def _reason(error):
+    """libsndfile's own words, without the bytes of the path."""
+    return str(getattr(error, "error_string", error)).removeprefix("Error : ")
 
 
 def _reader(reader, path):
@@ -458,7 +469,7 @@ def _reader(reader, path):
         try:
             block = reader.read(frames, dtype="float32", always_2d=True).T
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{shown(path)} cannot be read to its end: {error}") from error
+            raise UserError(f"{shown(path)} cannot be read to its end: {_reason(error)}") from error
         if not np.isfinite(block).all():
             raise UserError(
                 f"{shown(path)} holds samples that are NaN or infinite: repair it first."

@@ -42,11 +42,15 @@ def _is_whole(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def whole(low=None):
-    """A whole number of ``low`` or more."""
+def whole(low=None, high=None):
+    """A whole number of ``low`` or more, and of ``high`` at most."""
     limit = "" if low is None else f", {low} or more"
+    limit += "" if high is None else f", {high} at most"
     return Kind(
-        f"a whole number{limit}", lambda value: _is_whole(value) and (low is None or value >= low)
+        f"a whole number{limit}",
+        lambda value: (
+            _is_whole(value) and (low is None or value >= low) and (high is None or value <= high)
+        ),
     )
 
 
@@ -119,6 +123,11 @@ NAMES = either(
 )
 
 
+CALLBACKS = Kind(
+    "a list of functions, each written as !name:", lambda value: value == [] or value is None
+)
+
+
 def or_null(kind):
     """``kind``, or null."""
     return either(kind, NULL)
@@ -139,12 +148,13 @@ def _table(**settings):
 
 SECONDS = number(above=0)
 COUNT = whole(1)
+SEED = whole(0, high=2**32 - 1)  # what NumPy takes
 
 #: Every plain key of the shipped files, and the run options of SpeechBrain that take a number.
 SETTINGS = _table(
     # Seeds, names and places
-    seed=(whole(0), "draws training data and perturbations"),
-    data_seed=(whole(0), "fixes the dev or test mixtures"),
+    seed=(SEED, "draws training data and perturbations"),
+    data_seed=(SEED, "fixes the dev or test mixtures"),
     strategy=(NAME, "names the folder of the runs"),
     assets=(TEXT, "folder of the shipped corpus and models", IRRELEVANT),
     results_folder=(TEXT, "where results go", IRRELEVANT),
@@ -186,7 +196,7 @@ SETTINGS = _table(
     nonfinite_patience=(whole(0), "non-finite updates in a row that are allowed", MAY_CHANGE),
     ckpt_interval_minutes=(number(low=0), "minutes between checkpoints", IRRELEVANT),
     log_examples=(whole(0), "dev utterances in TensorBoard", IRRELEVANT),
-    validation_callbacks=(None, "called at each validation", IRRELEVANT),
+    validation_callbacks=(CALLBACKS, "called at each validation", IRRELEVANT),
     wandb_project=(or_null(TEXT), "project at Weights & Biases", IRRELEVANT),
     select_by=(TEXT, "the dev score that keeps the best model"),
     train_loggers=(None, "where training is logged", IRRELEVANT),
@@ -249,9 +259,9 @@ SETTINGS = _table(
     controls=(NAMES, "strategies without a teacher"),
     untrained=(NAMES, "systems without a training"),
     teachers=(NAMES, "teachers"),
-    seeds=(sequence(whole(0), "whole numbers, 0 or more", empty=True), "seeds"),
+    seeds=(sequence(SEED, "whole numbers, 0 or more", empty=True), "seeds"),
     lrs=(sequence(number(above=0), "learning rates above 0", empty=True), "learning rates"),
-    search_seed=(whole(0), "seed of the search"),
+    search_seed=(SEED, "seed of the search"),
     search_updates=(COUNT, "updates of the search"),
     train=(MAPPING, "keys of finetune.yaml"),
     evaluate=(MAPPING, "keys of evaluate.yaml"),
@@ -267,6 +277,13 @@ SETTINGS = _table(
     precision=(choice("fp32", "fp16", "bf16"), "of training", MAY_CHANGE),
     eval_precision=(choice("fp32", "fp16", "bf16"), "of validation", MAY_CHANGE),
     debug_batches=(COUNT, "batches of a debug run", IRRELEVANT),
+)
+
+#: Keys that hold an object, or what makes one: never null or a word.
+_BLOCKS = frozenset(
+    "train_data valid_data test_data enhancer teacher encoder tokenizer head distance signal_loss"
+    " representation objective modules opt_class lr_schedule epoch_counter checkpointer"
+    " train_loggers".split()
 )
 
 #: Keys whose value is a mapping of keys that stand in this table themselves.
@@ -298,6 +315,12 @@ def check_each(values):
         if key in _NESTED and isinstance(value, dict):
             check_each(value)
         elif not _holds_tags(value):
+            if key in _BLOCKS and not isinstance(value, dict):
+                shown = "null" if value is None else value
+                raise UserError(
+                    f"{key}: got {shown}, needed is a block that names a class or function, "
+                    "!new:... or !name:..."
+                )
             check_value(key, value)
 
 

@@ -42,7 +42,9 @@ def ablate(experiment="ablation", overrides=None, run_opts=None):
         ``{folder: reason}`` of the cells that failed.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    hparams, resolved = load_hparams(find_hparams(experiment), overrides)
+    hparams, resolved = load_hparams(
+        find_hparams(experiment), overrides, needs=("strategies", "lrs", "cluster")
+    )
     ablation = Ablation(hparams)
     ablation.results.mkdir(parents=True, exist_ok=True)
     write_text(ablation.results / "ablation.yaml", resolved)

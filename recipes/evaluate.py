@@ -58,7 +58,9 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
         The files of scores.
     """
     run_opts = start_processes(run_opts)
-    hparams, _ = load_hparams(find_hparams(experiment), overrides)
+    hparams, _ = load_hparams(
+        find_hparams(experiment), overrides, needs=("run", "test_data", "recognizers")
+    )
     device = run_opts.device
     systems, recognizers = load_pretrained(hparams, device)
     test_data = on_main(build, hparams["test_data"])

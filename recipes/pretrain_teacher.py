@@ -14,6 +14,7 @@ from pathlib import Path
 from pi_finetune.brains.pretraining import PretrainingBrain
 from pi_finetune.brains.updates import start_run
 from pi_finetune.commands import parse
+from pi_finetune.data.checking import check_pairs
 from pi_finetune.data.corpora import prepare_speech
 from pi_finetune.data.loading import collate
 from pi_finetune.data.targets import MaskedSpeech, make_targets
@@ -30,6 +31,8 @@ def dataio_prepare(hparams):
         on_main(prepare_speech, hparams["data_folder"], hparams[f"{part}_splits"])
         for part in ("train", "valid")
     )
+    if hparams["check_data"]:
+        on_main(check_pairs, train, valid)
     how = {"source": hparams["targets_source"], "layers": hparams["targets_layers"]}
     how |= {"clusters": hparams["clusters"], "seed": hparams["seed"]}
     path = Path(hparams["output_folder"]) / "targets.pt"
@@ -62,7 +65,9 @@ def pretrain_teacher(experiment="pretrain_teacher", overrides=None, run_opts=Non
     str
         The run folder.
     """
-    hparams, run_opts = start_run(__file__, experiment, overrides, run_opts)
+    hparams, run_opts = start_run(
+        __file__, experiment, overrides, run_opts, needs=("hubert", "targets_source")
+    )
     train_data, valid_data = dataio_prepare(hparams)
     brain = PretrainingBrain(
         modules=hparams["modules"],

@@ -47,7 +47,9 @@ def probe(experiment="probe_position", overrides=None, run_opts=None):
         The folder of the lines and figures.
     """
     run_opts = start_processes(run_opts)
-    hparams, resolved = load_hparams(find_hparams(experiment), overrides)
+    hparams, resolved = load_hparams(
+        find_hparams(experiment), overrides, needs=("diagnostics", "shifts")
+    )
     wanted = hparams["diagnostics"]
     unknown = [name for name in wanted if name not in DIAGNOSTICS]
     if unknown:

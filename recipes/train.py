@@ -56,7 +56,9 @@ def train(experiment, overrides=None, run_opts=None):
     str
         The run folder.
     """
-    hparams, run_opts = start_run(__file__, experiment, overrides, run_opts)
+    hparams, run_opts = start_run(
+        __file__, experiment, overrides, run_opts, needs=("train_data", "enhancer")
+    )
     train_data, valid_data = dataio_prepare(hparams)
     if hparams["check_data"]:
         on_main(check_pairs, train_data, valid_data)

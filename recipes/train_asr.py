@@ -23,6 +23,7 @@ from pi_finetune.brains.recognition import (
 from pi_finetune.brains.updates import start_run
 from pi_finetune.commands import parse
 from pi_finetune.config import build
+from pi_finetune.data.checking import check_pairs
 from pi_finetune.data.corpora import prepare_speech
 from pi_finetune.data.loading import collate
 from pi_finetune.distributed import on_main
@@ -45,6 +46,8 @@ def dataio_prepare(hparams):
         )
     )
     mixer = on_main(build, hparams["train_mixer"])
+    if hparams["check_data"]:
+        on_main(check_pairs, train, valid, test, mixer)
     parts = {"encoder": hparams["encoder"], "tokenizer": hparams["tokenizer"]}
     train_data = EncodedSpeech(
         train,
@@ -79,7 +82,9 @@ def train_asr(experiment, overrides=None, run_opts=None):
     str
         The run folder.
     """
-    hparams, run_opts = start_run(__file__, experiment, overrides, run_opts)
+    hparams, run_opts = start_run(
+        __file__, experiment, overrides, run_opts, needs=("encoder", "train_mixer")
+    )
     modules = load_pretrained(hparams)
     train_data, valid_data, test_manifest = dataio_prepare(hparams)
     hparams["checkpointer"].add_recoverable("head", modules["head"])

@@ -12,6 +12,8 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+from bad_input import TABLE, check, rows
+from running import recipe
 from synthetic import write_audio
 
 from pi_finetune.data.checking import check_pairs, fault
@@ -20,7 +22,7 @@ from pi_finetune.data.loading import choose, load_pairs
 from pi_finetune.data.shard_writer import main as pack
 from pi_finetune.data.shards import index_shard
 from pi_finetune.errors import UserError
-from pi_finetune.files import PROJECT_ROOT
+from pi_finetune.files import PROJECT_ROOT, replacing_files
 from pi_finetune.results.evaluation import load_recognizers
 
 CASES = []
@@ -245,7 +247,7 @@ NOT_FINITE = np.concatenate([tone(), [np.nan], tone()]).astype("float32")
 @case(
     "check_data",
     "a sample that is NaN",
-    r"1 of 3 audio files are bad.*\n.*0001\.wav: sample 8000 is NaN or infinite",
+    r"1 of 3 audio files are bad.*0001\.wav: sample 8000 is NaN or infinite",
     name="1-1-0001.wav",
     wav=NOT_FINITE,
 )
@@ -260,15 +262,15 @@ def silent_noise(folder):
     check_pairs(load_pairs(folder, ["dev"], "dev", folder / "noise"))
 
 
-def test_cases_are_described_once():
-    described = [(case["area"], case["input"]) for case in CASES]
-    assert len(set(described)) == len(described)
+def test_the_table_has_each_row_once_and_no_other():
+    lines = [text for text in TABLE.read_text(encoding="utf-8").splitlines() if text[:2] == "| "]
+    described = [(case["area"], case["input"]) for case in rows()]
+    assert len(set(described)) == len(described) == len(lines) - 1 >= 120
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['area']}: {case['input']}")
 def test_bad_input_gets_its_message(case, tmp_path):
-    with pytest.raises(UserError, match=case["expect"]):
-        case["call"](tmp_path)
+    check(case, tmp_path)
 
 
 def test_links_to_speaker_folders_are_followed(tmp_path):
@@ -356,6 +358,44 @@ def test_training_checks_its_data_where_it_is_told(train, corpus, tmp_path, caps
     error = capsys.readouterr().err
     assert "check_data: 1 of " in error and f"{path}: cannot be read to its end" in error
     assert not list(tmp_path.rglob("CKPT*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "experiment"), [("train_asr", "asr_ctc"), ("pretrain_teacher",) * 2]
+)
+def test_the_other_trainings_check_their_data_too(name, experiment, corpus, tmp_path, capsys):
+    shutil.copytree(corpus, tmp_path / "copy")
+    path = sorted((tmp_path / "copy" / "train").rglob("*.flac"))[3]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    options = {
+        "data_folder": tmp_path / "copy",
+        "output_folder": tmp_path / "run",
+        "check_data": "True",
+        **({"noise_folder": "null"} if name == "train_asr" else {}),
+    }
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    with pytest.raises(SystemExit):
+        recipe(name)([experiment, *words])
+    error = capsys.readouterr().err
+    assert "check_data: 1 of " in error and f"{path}: cannot be read to its end" in error
+    assert not (tmp_path / "run" / "targets.pt").exists()
+
+
+def test_files_of_a_folder_are_replaced_when_all_are_written(tmp_path):
+    for name in ("README.md", "a", "b"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(RuntimeError), replacing_files(tmp_path) as temporary:
+        (temporary / "a").write_text("new")
+        raise RuntimeError
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(
+        ("README.md", "a", "b"), "old"
+    )
+    with replacing_files(tmp_path) as temporary:
+        (temporary / "a").write_text("new")
+        (temporary / "b").write_text("new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "README.md": "old", "a": "new", "b": "new"
+    }  # fmt: skip
 
 
 def test_old_words_of_the_shard_writer_say_what_to_type(tmp_path):

@@ -15,6 +15,7 @@ from pi_finetune import __main__ as cli
 from pi_finetune.config import build, load_hparams, new, ref, resolve
 from pi_finetune.errors import UserError
 from pi_finetune.objectives import RepresentationObjective, load_teachers
+from pi_finetune.teacher import Teacher
 
 FILES = sorted(HPARAMS.rglob("*.yaml"))
 CONTENT = {".wav", ".flac", ".ogg", ".mp3", ".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".tar"}
@@ -173,3 +174,20 @@ def test_show_prints_the_file_that_runs(tmp_path):
 def test_the_expanded_file_of_the_docs_is_true():
     """Made by: pi-finetune show soft_dtw --assets assets > docs/soft_dtw.yaml."""
     assert shown("soft_dtw", "--assets", "assets") == (ROOT / "docs/soft_dtw.yaml").read_text()
+
+
+def test_blocks_that_older_files_make_at_once_work_as_they_are(tmp_path, tiny_teacher):
+    """``!new:`` and ``!apply:`` where the shipped files have ``!name:``."""
+    (tmp_path / "own.yaml").write_text(
+        "extends: mse.yaml\n"
+        f"teacher_source: {tiny_teacher}\n"
+        "teacher: !new:pi_finetune.teacher.Teacher\n    source: !ref <teacher_source>\n"
+        "recognizers: !apply:pi_finetune.results.evaluation.load_recognizers\n    sources: null\n"
+    )
+    hparams, _ = load_hparams(tmp_path / "own.yaml", {"asr_source": None, "select_by": "si_sdr"})
+    assert isinstance(hparams["teacher"], Teacher)
+    assert build(hparams["teacher"]) is hparams["teacher"]
+    assert build(hparams["recognizers"]) == hparams["recognizers"] == []
+    objective = hparams["modules"]["objective"]
+    load_teachers(objective)
+    assert objective.terms["representation"].teacher is hparams["teacher"]

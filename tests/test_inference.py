@@ -1,6 +1,8 @@
 """Enhancing recordings: formats, chunks, memory, interruption, the command line."""
 
 import errno
+import importlib
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -538,17 +540,26 @@ class TestCommandLine:
         assert "reference     works" in text and "cpu           works" in text
         assert "MaskEnhancer" in text and "Nothing is missing." in text
 
-        real = cli.importlib.import_module
+        real_version, real_import = importlib.metadata.version, importlib.import_module
+
+        def version(name):
+            if name in ("jiwer", "triton"):
+                raise importlib.metadata.PackageNotFoundError(name)
+            return real_version(name)
 
         def broken(name, *rest):
-            if name in ("pesq", "triton"):
-                raise ImportError(f"No module named '{name}'")
-            return real(name, *rest)
+            if name == "pesq":
+                raise ImportError("undefined symbol: PyArray_API")
+            return real_import(name, *rest)
 
-        monkeypatch.setattr(cli.importlib, "import_module", broken)
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(importlib, "import_module", broken)
         monkeypatch.setattr(inference, "DEFAULT_MODEL", inference.DEFAULT_MODEL / "absent")
         assert cli.main(["doctor"]) == 1
-        missing = capsys.readouterr().out.split("Missing:")[1]
+        text, missing = capsys.readouterr().out.split("Missing:")
+        assert "jiwer            missing" in text and "triton           missing" in text
+        assert "pesq             broken (ImportError: undefined symbol: PyArray_API)" in text
+        assert "jiwer: pip install jiwer" in missing
         assert "pesq: pip install pesq needs a C compiler" in missing
         assert "shipped enhancer: No enhancer.yaml in " in missing
         assert "triton" not in missing

@@ -1,7 +1,5 @@
 """The Brain that pre-trains a small HuBERT by masked prediction of cluster targets."""
 
-import os
-import shutil
 from pathlib import Path
 
 import speechbrain as sb
@@ -11,6 +9,7 @@ from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.distributed import mean_over_processes, rank
+from pi_finetune.files import replacing_files
 from pi_finetune.teacher import quiet_transformers, standardised
 
 
@@ -87,17 +86,10 @@ def export_teacher(hubert: HubertModel, folder) -> None:
 
     ``transformers.AutoModel`` and :class:`~pi_finetune.teacher.Teacher` both load the folder.
     """
-    folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     half = HubertModel(hubert.config)
     half.load_state_dict(hubert.state_dict())
-    with quiet_transformers():
-        half.half().save_pretrained(temporary)
-    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(
-        temporary
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in temporary.iterdir():  # file by file: a README beside them stays
-        os.replace(file, folder / file.name)
-    temporary.rmdir()
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    with replacing_files(folder) as temporary:
+        with quiet_transformers():
+            half.half().save_pretrained(temporary)
+        extractor.save_pretrained(temporary)

@@ -14,7 +14,7 @@ from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, registe
 from torch.utils.data import DataLoader, Subset
 
 from pi_finetune import settings
-from pi_finetune.config import build, find_hparams, keys, load_hparams, resolve
+from pi_finetune.config import build, check_needs, find_hparams, keys, load_hparams, resolve
 from pi_finetune.data.loading import ShareOfSampler, UpdateBatchSampler, UpdateSampler, collate
 from pi_finetune.distributed import (
     mean_over_processes,
@@ -31,7 +31,7 @@ from pi_finetune.run_folder import session as describe_session
 logger = sb.utils.logger.get_logger(__name__)
 
 
-def start_run(recipe, experiment, overrides=None, run_opts=None):
+def start_run(recipe, experiment, overrides=None, run_opts=None, needs=()):
     """Load an experiment, and open its run folder: settings, checkpoints and logs.
 
     The folder is locked until the end of ``fit``.
@@ -47,6 +47,8 @@ def start_run(recipe, experiment, overrides=None, run_opts=None):
     run_opts : dict, optional
         SpeechBrain's run options, e.g. ``{"device": "cuda"}``. One that is a key of the file too
         is an override of it.
+    needs : sequence of str
+        Keys that the recipe reads, besides those of every training.
 
     Returns
     -------
@@ -59,6 +61,8 @@ def start_run(recipe, experiment, overrides=None, run_opts=None):
         The settings are wrong, or the folder holds a run with others or is in use.
     """
     path, given = find_hparams(experiment), dict(run_opts or {})
+    needs = ("output_folder", "checkpointer", *needs)
+    check_needs(path, needs)  # before values are asked for
     for key, value in given.items():
         settings.check_value(key, value)
     shared = {key: given[key] for key in keys(path) if key in given}
@@ -81,6 +85,11 @@ def start_run(recipe, experiment, overrides=None, run_opts=None):
             on_main(write_text, folder / SETTINGS_FILE, resolved)
         for key in ("checkpointer", "train_loggers"):
             hparams[key] = build(hparams[key])
+    except (FileExistsError, NotADirectoryError) as error:
+        lock.release()
+        raise UserError(
+            f"{error.filename} cannot be a folder: a file of that name is in the way."
+        ) from None
     except BaseException:
         lock.release()
         raise

@@ -27,7 +27,7 @@ def check_pairs(*datasets, jobs=None):
     Arguments
     ---------
     *datasets : SpeechPairs
-        Or any datasets with a ``manifest`` and perhaps a ``mixer``.
+        Or any datasets with a ``manifest`` and perhaps a ``mixer``; or manifests, or mixers.
     jobs : int, optional
         Threads (default: one a core, at most 8).
 
@@ -44,13 +44,15 @@ def check_pairs(*datasets, jobs=None):
     """
     frames = {}  # path: frames it must have, or None
     for dataset in datasets:
-        for entry in dataset.manifest.values():
+        manifest = dataset if isinstance(dataset, dict) else getattr(dataset, "manifest", {})
+        for entry in manifest.values():
             frames.setdefault(str(entry["wav"]), (entry["wav"], None))
             if "noisy" in entry:
                 expected = round(entry["duration"] * SAMPLE_RATE)
                 frames[str(entry["noisy"])] = entry["noisy"], expected
-        if getattr(dataset, "mixer", None) is not None:
-            for entries in dataset.mixer.by_class.values():
+        mixer = getattr(dataset, "mixer", dataset)
+        if hasattr(mixer, "by_class"):
+            for entries in mixer.by_class.values():
                 for entry in entries:
                     frames.setdefault(str(entry["wav"]), (entry["wav"], None))
     with ThreadPoolExecutor(jobs or min(8, os.cpu_count() or 1)) as pool:

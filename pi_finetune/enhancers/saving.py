@@ -162,6 +162,8 @@ def load_weights(enhancer, source):
     """
     if source is None:
         return enhancer
+    if not isinstance(enhancer, nn.Module):
+        raise UserError(f"The enhancer must be a torch.nn.Module, got {type(enhancer).__name__}.")
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS_FILE

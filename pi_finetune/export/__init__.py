@@ -66,9 +66,11 @@ def export_run(run, folder, formats=("speechbrain",), trust=False, license=None)
     if unknown:
         raise UserError(f"--format {min(unknown)}: choose from {', '.join(FORMATS)}.")
     source, folder = Path(find_model(run)), Path(folder)
+    if not next(place for place in (folder, *folder.absolute().parents) if place.exists()).is_dir():
+        raise UserError(f"{folder} cannot be a folder: a file of that name is in the way.")
     for name in (HPARAMS_FILE, CARD_FILE):
         path = folder / name
-        if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+        if path.exists() and MARK.encode() not in path.read_bytes():
             raise UserError(f"{folder} holds a {name} that is no export's: name another folder.")
     if folder.resolve() == source.resolve():
         raise UserError(f"{folder} is the run itself: name another folder with -o.")

@@ -1,7 +1,6 @@
 """Figures and report section of the position diagnostics, from their JSON lines."""
 
 import base64
-import os
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from pi_finetune.files import replacing
 from pi_finetune.report import tables
 from pi_finetune.results.runs import read_json_lines
 
@@ -105,9 +105,8 @@ def write_figures(folder):
             axes.set_title(DIAGNOSTICS[name][0], fontsize=10)
             for suffix, metadata in ((".svg", {"Date": None}), (".png", None)):
                 target = path.with_suffix(suffix)
-                temporary = target.with_name(target.name + ".tmp")
-                figure.savefig(temporary, format=suffix[1:], dpi=160, metadata=metadata)
-                os.replace(temporary, target)
+                with replacing(target) as temporary:
+                    figure.savefig(temporary, format=suffix[1:], dpi=160, metadata=metadata)
                 written.append(target)
     return written
 
