@@ -52,7 +52,7 @@ $(VENV)/.docs: $(VENV)/.complete docs/requirements.txt
 # names, and an environment of its own.
 KERNELS := .venv-kernels
 PYTHON312 ?= $(firstword $(foreach p,python3.12 python3.13 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[23].*/bin/python),$(shell $(p) -c 'import sys; print("$(p)" if (3, 12) <= sys.version_info < (3, 14) else "")' 2>/dev/null)))
-SANITIZE = PYTHONPATH=.:tests/soft_dtw "$(KERNELS)/bin/python" -m ttsem.sanitize pytest tests/soft_dtw/kernels.py -q \
+SANITIZE = PYTHONPATH=.:tests/soft_dtw "$(KERNELS)/bin/python" -m ttsem.sanitize pytest tests/soft_dtw/checked_kernels.py -q \
   --confcutdir=tests/soft_dtw -p no:cacheprovider -o addopts= -o markers="short: the part that CI runs"
 
 $(KERNELS)/.complete: tests/soft_dtw/kernels.txt

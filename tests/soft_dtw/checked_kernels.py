@@ -1,6 +1,6 @@
 """The Triton kernels, launch by launch, on a checker that runs their compiled form without a GPU.
 
-    make kernels      (python -m ttsem.sanitize pytest tests/soft_dtw/kernels.py)
+    make kernels      (python -m ttsem.sanitize pytest tests/soft_dtw/checked_kernels.py)
 
 ttsem compiles each launch with Triton's own frontend and executes it: an access out of bounds, a
 race between programs, or a value computed from memory that nobody wrote (fresh memory holds NaN)
