@@ -314,6 +314,8 @@ def check_each(values):
     for key, value in values.items():
         if key in _NESTED and isinstance(value, dict):
             check_each(value)
+        elif isinstance(value, str) and value.startswith("!"):
+            pass  # a tag in quotes, as words of a command line inside `train:` have it
         elif not _holds_tags(value):
             if key in _BLOCKS and not isinstance(value, dict):
                 shown = "null" if value is None else value
