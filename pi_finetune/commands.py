@@ -61,7 +61,11 @@ def parse(argv):
     if not experiment:
         raise UserError("Name an experiment file first, e.g. hparams/mse.yaml.")
     names = {known[word].dest for word in run_words if word in known}
-    return experiment[0], overrides, {name: getattr(options, name) for name in sorted(names)}
+    run_opts = {name: getattr(options, name) for name in sorted(names)}
+    for name, value in run_opts.items():  # SpeechBrain leaves some of its numbers text
+        if isinstance(value, str) and name in settings.SETTINGS:
+            run_opts[name] = parse_yaml(f"value: {value}", f"--{name}")["value"]
+    return experiment[0], overrides, run_opts
 
 
 def _refuse(message):

@@ -256,14 +256,14 @@ def test_recipe_learns_resumes_and_its_teacher_makes_targets(corpus, tmp_path):
     assert [line["update"] for line in resumed] == [15, 30]
     assert resumed[1]["masked_loss"] == pytest.approx(lines[1]["masked_loss"], rel=1e-4)
 
-    recipe(corpus, tmp_path / "c", "--updates", "0", "--targets_source", source)
+    recipe(corpus, tmp_path / "c", "--updates", "15", "--targets_source", source)
     assert len(torch.load(tmp_path / "c" / "targets.pt")["targets"]) == 8
 
 
 def test_recipe_errors(corpus, tmp_path, capsys):
     for folder, options, message in [
         (tmp_path / "nowhere", ("--updates", "15"), "nowhere"),
-        (corpus, ("--updates", "20"), "updates: must be a multiple of valid_every"),
+        (corpus, ("--updates", "20"), "must be a multiple of valid_every"),
         (corpus, ("--updates", "15", "--targets_source", str(tmp_path)), "no config.json"),
     ]:
         with pytest.raises(SystemExit) as stopped:
