@@ -13,6 +13,7 @@ from speechbrain.lobes.models import conv_tasnet
 from speechbrain.nnet.CNN import Conv1d
 
 from pi_finetune import enhancers
+from pi_finetune.config import build
 from pi_finetune.enhancers import (
     ConvTasNet,
     Demucs,
@@ -270,11 +271,11 @@ def test_half_precision(model):
 @pytest.mark.parametrize(
     ("wavs", "lengths", "message"),
     [
-        (torch.zeros(4), None, "float tensor"),
-        (torch.zeros(1, 4, dtype=torch.int16), None, "float tensor"),
+        (torch.zeros(4), None, r"float \[B, T\], got torch.float32 \[4\]"),
+        (torch.zeros(1, 4, dtype=torch.int16), None, r"float \[B, T\], got torch.int16"),
         (torch.zeros(2, 4), torch.tensor([1.0, 0.5]), "not relative"),
-        (torch.zeros(2, 4), torch.tensor([4]), "2 whole numbers"),
-        (torch.zeros(2, 4), torch.tensor([5, 1]), "up to 5"),
+        (torch.zeros(2, 4), torch.tensor([4]), "must be 2, one for each item; got 1"),
+        (torch.zeros(2, 4), torch.tensor([5, 1]), "length of 5 exceeds the 4 samples"),
     ],
 )
 def test_misuse(wavs, lengths, message):
@@ -430,7 +431,7 @@ class TestSpeechBrain:
             f"enhancer: !include:{quote(str(HPARAMS))}/enhancers/speechbrain_pretrained.yaml\n"
             f"    source: {speechbrain_models}/waveform\n"
         )
-        assert isinstance(load_hyperpyyaml(text)["enhancer"], SpeechBrainEnhancer)
+        assert isinstance(build(load_hyperpyyaml(text)["enhancer"]), SpeechBrainEnhancer)
 
     def test_hub_name_without_network(self, monkeypatch):
         def offline(*args, **kwargs):
