@@ -216,6 +216,24 @@ SETTINGS = _table(
     normalize=(FLAG, "whether frames have norm 1"),
     length_normalize=(FLAG, "whether soft-DTW is divided by the mean length"),
     max_pad_seconds=(number(low=0), "longest padding on a side"),
+    pad_share=(
+        Kind(
+            "two shares from 0 to 0.5, the smaller one first, e.g. [0.02, 0.05]",
+            lambda value: (
+                isinstance(value, list | tuple)
+                and len(value) == 2
+                and all(map(_is_number, value))
+                and 0 <= value[0] <= value[1] <= 0.5
+            ),
+        ),
+        "padding on a side, as a share of the utterance",
+    ),
+    idm_alpha=(number(low=0), "weight of the temporal regulariser"),
+    idm_margin=(number(above=0), "distance that frames far in time shall have"),
+    projection_dim=(COUNT, "dimensions of the learned projection"),
+    position_seconds=(SECONDS, "positions that are looked at"),
+    position_utterances=(whole(2), "utterances by which position is found"),
+    position_explained=(number(above=0, high=1), "share of position's variance"),
     # Recognisers
     recognizer_name=(NAME, "names its errors in the scores"),
     test_snrs=(either(SNRS, sequence(SNR, "", empty=True)), "SNRs of the test", IRRELEVANT),
@@ -266,6 +284,9 @@ SETTINGS = _table(
     train=(MAPPING, "keys of finetune.yaml"),
     evaluate=(MAPPING, "keys of evaluate.yaml"),
     compare=(MAPPING, "options of compare"),
+    test_sets=(or_null(MAPPING), "names of test sets, and their keys of evaluate.yaml"),
+    debug_settings=(MAPPING, "keys of the ablation"),
+    debug_teacher=(MAPPING, "keys of transformers.HubertConfig"),
     cluster=(TEXT, "local or slurm"),
     cpus_per_worker=(COUNT, "threads of a worker"),
     retries=(whole(0), "of a cell whose worker died"),
