@@ -91,9 +91,9 @@ class PositionRemoval(Projection):
     seconds : float
         Positions up to here are looked at; shorter utterances are left out. Default: 3.
     utterances : int
-        Used at most. Default: 100.
+        Used at most. Default: 50.
     rotations : int
-        Of each. Default: 4.
+        Of each. Default: 16.
     explained : float
         Share of the variance by position that is taken out. Default: 0.95.
     min_reliability : float
@@ -113,8 +113,8 @@ class PositionRemoval(Projection):
     def __init__(
         self,
         seconds: float = 3.0,
-        utterances: int = 100,
-        rotations: int = 4,
+        utterances: int = 50,
+        rotations: int = 16,
         explained: float = 0.95,
         min_reliability: float = 0.5,
         seed: int = 0,
@@ -201,7 +201,7 @@ class PositionRemoval(Projection):
         if len(long_enough) < 2:
             raise UserError(
                 f"position: of {len(pairs.manifest)} training utterances {len(long_enough)} have "
-                f"{self.settings['seconds']:g} s; at least 2 are needed, and better a hundred. "
+                f"{self.settings['seconds']:g} s; at least 2 are needed, and better fifty. "
                 "Lower position_seconds, or give more speech."
             )
         order = utterance_rng(seed, 0, "", "position").permutation(len(long_enough))
@@ -257,8 +257,8 @@ def position_subspace(
         raise UserError(
             "its position cannot be found: means per frame index over two halves of the speech "
             f"correlate by {reliability:.2f}, needed is {min_reliability:g}. Either these layers "
-            "carry none (then mse compares no position), or it takes more utterances "
-            "(position_utterances)."
+            "carry none (then mse compares no position), or it takes more utterances or rotations "
+            "(position_utterances, position_rotations)."
         )
     covariance = (a.T @ b + b.T @ a) / (2 * len(a))
     values, vectors = torch.linalg.eigh(covariance)

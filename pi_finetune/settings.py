@@ -232,6 +232,7 @@ SETTINGS = _table(
     idm_margin=(number(above=0), "distance that frames far in time shall have"),
     projection_dim=(COUNT, "dimensions of the learned projection"),
     position_seconds=(SECONDS, "positions that are looked at"),
+    position_rotations=(COUNT, "rotations of each, so that content averages out"),
     position_utterances=(whole(2), "utterances by which position is found"),
     position_explained=(number(above=0, high=1), "share of position's variance"),
     # Recognisers

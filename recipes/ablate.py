@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import submitit
+from hyperpyyaml.core import recursive_update
 
 from pi_finetune.ablation import Ablation, run_cells
 from pi_finetune.commands import parse
@@ -49,7 +50,8 @@ def ablate(experiment="ablation", overrides=None, run_opts=None):
     hparams, resolved = load_hparams(path, overrides, needs=needs)
     if (run_opts or {}).get("debug"):
         models = Path(hparams["results_folder"], "debug").resolve()
-        changes = {**hparams["debug_settings"], **(overrides or {})}
+        changes = hparams["debug_settings"]
+        recursive_update(changes, overrides or {})
         changes["results_folder"] = str(models)
         hparams, resolved = load_hparams(path, changes)
         with_random_weights(hparams, models / "models")

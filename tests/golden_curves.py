@@ -31,7 +31,7 @@ CASES = {
     "speed_mse": {},
     "zero_pad_soft_dtw": {},
     "mse_cnn": {},
-    "mse_projected": {"position_seconds": 0.8},
+    "mse_projected": {"position_seconds": 0.8, "position_rotations": 40},
     "si_sdr": {},
     "l1_stft": {},
     "soft_dtw.enhanced_branch": {"perturbed_branch": "enhanced"},

@@ -257,9 +257,9 @@ def test_a_learned_projection_is_trained_and_resumed(train, tmp_path):
         "    dim: 4\n"
     )
     own = tmp_path / "own"
-    train(own, "whole", strategy="own", valid_every=1)
-    train(own, "parts", strategy="own", valid_every=1, options=["--optimizer_step_limit", "2"])
-    train(own, "parts", strategy="own", valid_every=1)
+    train(own, "whole", valid_every=1)
+    train(own, "parts", valid_every=1, options=["--optimizer_step_limit", "2"])
+    train(own, "parts", valid_every=1)
     states = []
     for name in ("whole", "parts"):
         (checkpoint,) = (tmp_path / name).rglob("CKPT*/objective.ckpt")
@@ -270,11 +270,12 @@ def test_a_learned_projection_is_trained_and_resumed(train, tmp_path):
 
 
 def test_mse_projected_trains_and_keeps_its_subspace(train):
-    run = train("mse_projected", position_seconds=1.0, position_explained=0.9)
+    own = {"position_seconds": 1.0, "position_rotations": 50, "position_explained": 0.9}
+    run = train("mse_projected", **own)
     with safe_open(run / POSITION_FILE, "pt") as file:
         assert json.loads(file.metadata()["made_by"])["seconds"] == 1.0
     before = (run / POSITION_FILE).stat().st_mtime_ns
-    train("mse_projected", position_seconds=1.0, position_explained=0.9, updates=6)
+    train("mse_projected", **own, updates=6)
     assert (run / POSITION_FILE).stat().st_mtime_ns == before
 
 
@@ -320,7 +321,7 @@ def check_all(results, strategies):
 
 
 def test_the_whole_experiment_runs(tmp_path):
-    """Narrow models, two strategies, in this process."""
+    """Narrow models, in this process."""
     enhancer = "!new:pi_finetune.enhancers.Demucs {hidden: 4, depth: 3, lstm_layers: 1}"
     small = {
         "hidden_size": 24,
@@ -336,12 +337,10 @@ def test_the_whole_experiment_runs(tmp_path):
         "debug",
         "--debug_teacher",
         json.dumps(small),
-        "--strategies",
-        "{mse: {hparams: paper/mse.yaml}, soft_dtw_lav: {hparams: paper/soft_dtw_lav.yaml}}",
         "--train",
         json.dumps({"enhancer": enhancer}),
     )
-    check_all(results, ("mse", "soft_dtw_lav"))
+    check_all(results, load_hparams(HPARAMS / "paper" / "ablation.yaml")[0]["strategies"])
 
 
 @pytest.mark.slow
