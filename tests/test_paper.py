@@ -251,22 +251,27 @@ def test_a_learned_projection_gets_the_teacher_s_width(tiny_teacher):
     assert all(p.grad.abs().sum() > 0 for p in objective.parameters())
 
 
+def _latest(results):
+    return max(results.rglob("CKPT*/objective.ckpt"), key=lambda path: path.stat().st_mtime)
+
+
 def test_a_learned_projection_is_trained_and_resumed(train, tmp_path):
     (tmp_path / "own.yaml").write_text(
         "extends: soft_dtw.yaml\nprojection: !new:pi_finetune.projections.LearnedProjection\n"
         "    dim: 4\n"
     )
-    own = tmp_path / "own"
-    train(own, "whole", valid_every=1)
-    train(own, "parts", valid_every=1, options=["--optimizer_step_limit", "2"])
-    train(own, "parts", valid_every=1)
     states = []
-    for name in ("whole", "parts"):
-        (checkpoint,) = (tmp_path / name).rglob("CKPT*/objective.ckpt")
+    for own in ({"updates": 2}, {"updates": 4, "lr": 1e-12}):  # the second moves nothing
+        train(tmp_path / "own", "results", **own)
+        checkpoint = _latest(tmp_path / "results")
         states.append(torch.load(checkpoint, weights_only=True))
-    assert states[0].keys() == {k for k in states[0] if "projection.linear" in k}
+    assert len(states[0]) == 2 and all("projection.linear" in key for key in states[0])
     for key, value in states[0].items():
-        torch.testing.assert_close(value, states[1][key])
+        torch.testing.assert_close(value, states[1][key], rtol=0, atol=1e-8)
+    train(tmp_path / "own", "untrained", updates=2, lr=1e-12)
+    checkpoint = _latest(tmp_path / "untrained")
+    for key, value in torch.load(checkpoint, weights_only=True).items():
+        assert (value - states[0][key]).abs().max() > 1e-3  # so it was trained, and resumed
 
 
 def test_mse_projected_trains_and_keeps_its_subspace(train):
@@ -322,7 +327,13 @@ def check_all(results, strategies):
 
 def test_the_whole_experiment_runs(tmp_path):
     """Narrow models, in this process."""
-    enhancer = "!new:pi_finetune.enhancers.Demucs {hidden: 4, depth: 3, lstm_layers: 1}"
+    strategies = {}
+    for name in load_hparams(HPARAMS / "paper" / "ablation.yaml")[0]["strategies"]:
+        (tmp_path / f"{name}.yaml").write_text(
+            f"extends: paper/{name}.yaml\nenhancer: !new:pi_finetune.enhancers.Demucs\n"
+            "    hidden: 4\n    depth: 3\n    lstm_layers: 1\n"
+        )
+        strategies[name] = {"hparams": str(tmp_path / f"{name}.yaml")}
     small = {
         "hidden_size": 24,
         "num_hidden_layers": 2,
@@ -337,10 +348,10 @@ def test_the_whole_experiment_runs(tmp_path):
         "debug",
         "--debug_teacher",
         json.dumps(small),
-        "--train",
-        json.dumps({"enhancer": enhancer}),
+        "--strategies",
+        json.dumps(strategies),
     )
-    check_all(results, load_hparams(HPARAMS / "paper" / "ablation.yaml")[0]["strategies"])
+    check_all(results, strategies)
 
 
 @pytest.mark.slow
