@@ -1,8 +1,8 @@
 """Cells of an ablation, strategies x teachers x seeds: what is to run, what is done, running it.
 
-A cell is a call of ``train`` and of ``evaluate`` with the very values a user would type. It is done
-when its stamp, ``ablation.json`` in its folder, says so; every other cell is begun or, since both
-recipes resume, continued.
+A cell is calls of ``train_asr``, or of ``train`` and ``evaluate``, with the very values a user
+would type. It is done when its stamp, ``ablation.json`` in its folder, says so; every other cell is
+begun or, since all these recipes resume, continued.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class Call:
     Arguments
     ---------
     recipe : str
-        ``train`` or ``evaluate``.
+        ``train``, ``evaluate`` or ``train_asr``.
     experiment : Path
         The experiment file.
     overrides, run_opts : dict
@@ -165,7 +165,8 @@ class Ablation:
 
     Cells lie where ``recipes/compare.py`` finds them: ``RESULTS/TEACHER/STRATEGY/SEED``, controls
     that need no teacher in ``RESULTS/controls``, ``noisy/0`` and ``pretrained/0`` in ``RESULTS``,
-    and the runs of the learning-rate search apart from all in ``RESULTS/search``.
+    and the runs of the learning-rate search apart from all in ``RESULTS/search``. Recognisers that
+    are to be trained are in ``RESULTS/recognizers``; all else needs them.
 
     Arguments
     ---------
@@ -192,7 +193,8 @@ class Ablation:
             raise UserError(f"{', '.join(sorted(both))}: both in strategies and in controls.")
         if self.strategies and not self.teachers:
             raise UserError("teachers: give at least one, as NAME: {teacher_source: FOLDER}.")
-        for name in {*hparams["untrained"], "controls", "search"} & set(self.teachers):
+        reserved = {*hparams["untrained"], "controls", "search", "recognizers"}
+        for name in reserved & set(self.teachers):
             raise UserError(f"teachers: {name!r} is the name of a folder here; take another.")
         from pi_finetune.results.metrics import DEV_SCORES  # imports much, and workers load this
 
@@ -201,19 +203,30 @@ class Ablation:
             *(("controls", name) for name in self.controls),
             *((teacher, name) for teacher in self.teachers for name in self.strategies),
         ]
+        self.test_sets = hparams["test_sets"] or {None: {}}
+        self.recognizers = {}
+        for name, own in (hparams["recognizers"] or {}).items():
+            call = self._recognizer(name, dict(own))
+            self.recognizers[name] = Cell(
+                self.results / "recognizers" / name, lambda call=call: [call]
+            )
         self.searches = {group: self._search(*group) for group in self.groups}
         place, seed, rate = self.results, hparams["seeds"][0], hparams["lrs"][0]
         for group in self.groups:
             self._training(place, *group, seed, rate)  # a misspelt key is an error before all runs
         for name in hparams["untrained"]:
             check_choice("untrained", name, UNTRAINED)
-        self._evaluation("noisy")
+        self._evaluations("noisy")
 
     def cells(self):
         """All cells in the order in which they should run: teacher by teacher, seed by seed."""
+        needs = tuple(self.recognizers.values())
         cells = [
-            Cell(self.results / name / "0", lambda name=name: [self._evaluation(name)])
-            for name in self.hparams["untrained"]
+            *needs,
+            *(
+                Cell(self.results / name / "0", lambda name=name: self._evaluations(name), needs)
+                for name in self.hparams["untrained"]
+            ),
         ]
         for place, groups in itertools.groupby(self.groups, key=lambda group: group[0]):
             groups = list(groups)
@@ -248,7 +261,7 @@ class Ablation:
         return best(found, key=found.get), scores
 
     def comparisons(self):
-        """What to compare, over what has been scored: ``(runs, options)``, one a teacher."""
+        """What to compare, over what has been scored: ``(runs, options)``, by teacher and set."""
         comparisons = []
         shared = [self.results / name for name in (*self.hparams["untrained"], "controls")]
         shared = [folder for folder in shared if any(folder.rglob("scores"))]
@@ -257,8 +270,11 @@ class Ablation:
             place = folder if len(self.teachers) > 1 else self.results
             if any(folder.rglob("scores/*.jsonl")):
                 paths = dict.fromkeys([*shared, folder])
-                options = {"output_folder": place, **self.hparams["compare"]}
-                comparisons.append((list(paths), options))
+                for name in self.test_sets:
+                    options = {"output_folder": place, **self.hparams["compare"]}
+                    if name is not None:
+                        options |= {"output_folder": place / f"tables-{name}", "set": name}
+                    comparisons.append((list(paths), options))
         return comparisons
 
     def _search(self, teacher, strategy):
@@ -274,7 +290,11 @@ class Ablation:
         for rate in rates:
             place = self.results / "search" / f"lr_{rate:g}" / teacher
             call = self._training(place, teacher, strategy, seed, rate, updates=updates)
-            cells[rate] = Cell(place / strategy / str(seed), lambda call=call: [call])
+            cells[rate] = Cell(
+                place / strategy / str(seed),
+                lambda call=call: [call],
+                tuple(self.recognizers.values()),
+            )
         return cells
 
     def _run(self, teacher, strategy, seed):
@@ -284,9 +304,10 @@ class Ablation:
         def calls():
             rate, _ = self.learning_rate(teacher, strategy)
             training = self._training(place, teacher, strategy, seed, rate)
-            return [training, self._evaluation(str(folder))]
+            return [training, *self._evaluations(str(folder))]
 
-        return Cell(folder, calls, tuple(self.searches[teacher, strategy].values()))
+        needs = (*self.recognizers.values(), *self.searches[teacher, strategy].values())
+        return Cell(folder, calls, needs)
 
     def _training(self, place, teacher, strategy, seed, rate, **changes):
         own = dict(self.strategies.get(strategy) or self.controls.get(strategy) or {})
@@ -302,16 +323,33 @@ class Ablation:
             "seed": seed,
             "results_folder": str(place),
         }
-        overrides, run_opts = divide(path, settings)
-        check_overrides(path, overrides)
-        return Call("train", path, overrides, {**run_opts, "noprogressbar": True})
+        if self.recognizers:
+            settings["asr_source"] = str(next(iter(self.recognizers.values())).folder)
+        return self._call("train", path, settings, {"noprogressbar": True})
 
-    def _evaluation(self, run):
+    def _recognizer(self, name, own):
+        path = find_hparams(own.pop("hparams", name))
+        own["output_folder"] = str(self.results / "recognizers" / name)
+        return self._call("train_asr", path, own, {"noprogressbar": True})
+
+    def _evaluations(self, run):
         path = find_hparams("evaluate")
-        settings = {**self.hparams["evaluate"], "run": run, "results_folder": str(self.results)}
-        overrides, run_opts = divide(path, settings)
+        calls = []
+        for name, own in self.test_sets.items():
+            settings = {**self.hparams["evaluate"], **(own or {})}
+            settings |= {"run": run, "results_folder": str(self.results)}
+            if name is not None:
+                settings["test_set"] = name
+            if self.recognizers:
+                settings["asr_source"] = [str(cell.folder) for cell in self.recognizers.values()]
+            calls.append(self._call("evaluate", path, settings))
+        return calls
+
+    @staticmethod
+    def _call(recipe, path, settings, run_opts=None):
+        overrides, own = divide(path, settings)
         check_overrides(path, overrides)
-        return Call("evaluate", path, overrides, run_opts)
+        return Call(recipe, path, overrides, {**own, **(run_opts or {})})
 
 
 def _mapping(hparams, key):

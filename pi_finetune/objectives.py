@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pi_finetune.config import build
+from pi_finetune.errors import UserError
 from pi_finetune.lengths import Waveforms, as_lengths, as_pair, length_mask
 from pi_finetune.perturbations import NoPerturbation, Perturbation
+from pi_finetune.projections import Projection
 from pi_finetune.soft_dtw import soft_dtw
 
 __all__ = [
@@ -28,9 +30,12 @@ __all__ = [
     "SISDRLoss",
     "SNRLoss",
     "SoftDTWDistance",
+    "SoftDTWLAVDistance",
     "WarpedMSEDistance",
     "WeightedSum",
+    "contrastive_idm",
     "load_teachers",
+    "measure_projections",
 ]
 
 Rngs = Sequence[np.random.Generator] | None
@@ -39,6 +44,11 @@ Rngs = Sequence[np.random.Generator] | None
 class MSEDistance:
     """Mean over valid frames and dimensions of (x - y)^2; needs equal frame lengths.
 
+    Arguments
+    ---------
+    sum_dimensions : bool
+        Sum over dimensions instead, D times as large; still the mean over frames. Default: False.
+
     Example
     -------
     >>> x, y, lengths = torch.zeros(2, 3, 4), torch.ones(2, 3, 4), torch.tensor([3, 2])
@@ -46,6 +56,9 @@ class MSEDistance:
     >>> MSEDistance()(x, lengths, y, lengths)
     tensor([1., 1.])
     """
+
+    def __init__(self, sum_dimensions: bool = False):
+        self.sum_dimensions = sum_dimensions
 
     def __call__(self, x: Tensor, x_lengths: Tensor, y: Tensor, y_lengths: Tensor) -> Tensor:
         x_lengths, y_lengths = as_lengths(x_lengths), as_lengths(y_lengths)
@@ -56,7 +69,8 @@ class MSEDistance:
                 "changes lengths use WarpedMSEDistance or SoftDTWDistance."
             )
         frames = int(x_lengths.max())
-        squared = (x[:, :frames].float() - y[:, :frames].float()).square().mean(dim=-1)
+        squared = (x[:, :frames].float() - y[:, :frames].float()).square()
+        squared = squared.sum(dim=-1) if self.sum_dimensions else squared.mean(dim=-1)
         mask = length_mask(x_lengths, frames, x.device)
         return squared.masked_fill(~mask, 0.0).sum(dim=1) / _beside(x_lengths, x)
 
@@ -141,6 +155,80 @@ class SoftDTWDistance:
         return value
 
 
+def contrastive_idm(x: Tensor, lengths: Tensor, margin: float = 1.1, window: int = 0) -> Tensor:
+    """Contrastive inverse difference moment: frames near in time be near, others ``margin`` apart.
+
+    With d_ij = |x_i - x_j| and w_ij = (i - j)^2 + 1, the sum over all i, j of
+    d_ij / w_ij where |i - j| <= ``window``, and of w_ij max(0, margin - d_ij) elsewhere, divided by
+    N^2. From Haresh et al., "Learning by Aligning Videos in Time" (CVPR 2021), with the distance
+    and the divisor of LASER's code (Meghanani & Hain, Interspeech 2024): theirs are
+    the squared distance and, with the other terms, the number of frames.
+
+    Arguments
+    ---------
+    x : Tensor
+        [B, N, D], L2-normalised frame by frame in LASER.
+    lengths : Tensor
+        [B]; what lies beyond is not looked at.
+    margin : float
+        Default: 1.1, LASER's for HuBERT.
+    window : int
+        In frames. Default: 0, LASER's.
+
+    Returns
+    -------
+    Tensor
+        [B], not negative.
+    """
+    lengths = as_lengths(lengths)
+    frames = int(lengths.max())
+    mask = length_mask(lengths, frames, x.device)
+    x = x[:, :frames].masked_fill(~mask[..., None], 0.0)
+    # By differences, not by products: a root of what is left of two large numbers has no gradient.
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # [B, N, N]
+    place = torch.arange(frames, device=x.device, dtype=x.dtype)
+    apart = (place[:, None] - place).abs()
+    weight = apart.square() + 1
+    near, far = distance / weight, weight * F.relu(margin - distance)
+    each = torch.where(apart <= window, near, far)
+    pairs = mask[:, :, None] & mask[:, None]
+    return each.masked_fill(~pairs, 0.0).sum(dim=(1, 2)) / _beside(lengths, x).square()
+
+
+class SoftDTWLAVDistance(SoftDTWDistance):
+    """Soft-DTW with LASER's temporal regulariser: + alpha (IDM(x) + IDM(y)).
+
+    The regulariser keeps what is learned from becoming the same at all times, above all where a
+    projection is learned. A branch without gradient adds a constant.
+
+    Arguments
+    ---------
+    alpha : float
+        Weight; LASER: 0.4 for HuBERT, the default, and 0.15 for WavLM.
+    margin, window
+        As of :func:`contrastive_idm`.
+    **soft_dtw
+        As of :class:`SoftDTWDistance`.
+    """
+
+    def __init__(self, alpha: float = 0.4, margin: float = 1.1, window: int = 0, **soft_dtw: Any):
+        super().__init__(**soft_dtw)
+        if alpha < 0 or margin <= 0 or window < 0:
+            raise UserError(
+                f"alpha {alpha}, margin {margin}, window {window}: needed are a weight of 0 or "
+                "more, a distance above 0 and a number of frames, 0 or more."
+            )
+        self.alpha, self.margin, self.window = alpha, margin, window
+
+    def __call__(self, x: Tensor, x_lengths: Tensor, y: Tensor, y_lengths: Tensor) -> Tensor:
+        value = super().__call__(x, x_lengths, y, y_lengths)
+        for reps, lengths in ((x, x_lengths), (y, y_lengths)):
+            reps = F.normalize(reps.float(), dim=-1) if self.normalize else reps.float()
+            moment = contrastive_idm(reps, lengths, self.margin, self.window)
+            value = value + self.alpha * moment
+        return value
+
+
 def _beside(lengths: Tensor, x: Tensor) -> Tensor:
     """Lengths [B] on the device of ``x``; the CPU does not wait."""
     return lengths.to(x.device, non_blocking=True)
@@ -159,6 +247,8 @@ class RepresentationObjective(nn.Module):
         that the branches differ in position. Default: none.
     perturbed_branch : str
         ``"clean"`` (default) or ``"enhanced"``.
+    projection : pi_finetune.projections.Projection, optional
+        Applied to the representations of both branches before the distance. Default: none.
     cache_mb : float
         Memory for the clean branch in evaluation mode, where the same batches come back at every
         validation. They are known by the ``ids`` of the waveforms; without ids nothing is kept,
@@ -173,6 +263,7 @@ class RepresentationObjective(nn.Module):
         perturbation: Perturbation | None = None,
         perturbed_branch: str = "clean",
         cache_mb: float = 512.0,
+        projection: Projection | None = None,
     ):
         super().__init__()
         if perturbed_branch not in ("clean", "enhanced"):
@@ -181,6 +272,7 @@ class RepresentationObjective(nn.Module):
             )
         self.teacher = teacher
         self.distance = distance
+        self.projection = projection
         self.perturbation = perturbation or NoPerturbation()
         self.perturbed_branch = perturbed_branch
         self._plain = NoPerturbation()
@@ -198,7 +290,10 @@ class RepresentationObjective(nn.Module):
         on_clean = self.perturbed_branch == "clean"
         y = self._represent_clean(clean, rngs, self.perturbation if on_clean else self._plain)
         x = self.represent(enhanced, rngs, self._plain if on_clean else self.perturbation)
-        return self.distance(*x, *y)
+        return self.distance(*x, *self._projected(*y))
+
+    def _projected(self, reps: Tensor, frame_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return reps if self.projection is None else self.projection(reps), frame_lengths
 
     @torch.no_grad()
     def _represent_clean(
@@ -226,14 +321,14 @@ class RepresentationObjective(nn.Module):
     def represent(
         self, wavs: Waveforms, rngs: Rngs, perturbation: Perturbation
     ) -> tuple[Tensor, Tensor]:
-        """The teacher's frames of the content of a perturbed batch.
+        """The teacher's frames of the content of a perturbed batch, projected.
 
         Returns
         -------
         (torch.Tensor, torch.Tensor)
             [B, F, D], and frame lengths [B] as the teacher gives them.
         """
-        return self.teacher(perturbation(wavs, rngs=rngs))
+        return self._projected(*self.teacher(perturbation(wavs, rngs=rngs)))
 
 
 def load_teachers(objective):
@@ -243,7 +338,7 @@ def load_teachers(objective):
     ---------
     objective : nn.Module
         Every module in it whose attribute ``teacher`` is a declaration gets the teacher itself;
-        one declaration makes one teacher.
+        one declaration makes one teacher. A projection beside it gets its weights.
 
     Returns
     -------
@@ -257,7 +352,26 @@ def load_teachers(objective):
             if id(declared) not in made:
                 made[id(declared)] = build(declared)
             module.teacher = made[id(declared)]
+            if getattr(module, "projection", None) is not None:
+                module.projection.fit_to(module.teacher)
     return objective
+
+
+def measure_projections(objective, pairs, folder):
+    """Let the projections in an objective measure what they need on training speech.
+
+    Arguments
+    ---------
+    objective : nn.Module
+        With its teachers made.
+    pairs : pi_finetune.data.loading.SpeechPairs
+        The training data.
+    folder : str or Path
+        The run folder, which keeps what was measured.
+    """
+    for module in objective.modules():
+        if isinstance(module, RepresentationObjective) and module.projection is not None:
+            module.projection.measure(module.teacher, pairs, folder)
 
 
 class SISDRLoss(nn.Module):

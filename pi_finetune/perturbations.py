@@ -15,6 +15,7 @@ import torchaudio
 from torch import Tensor
 
 from pi_finetune.data.audio import SAMPLE_RATE
+from pi_finetune.errors import UserError
 from pi_finetune.lengths import Waveforms
 
 __all__ = ["NoPerturbation", "Perturbation", "SpeedPerturbation", "ZeroPadding"]
@@ -46,7 +47,7 @@ class NoPerturbation:
 class ZeroPadding:
     """Random zeros before and after the signal: position randomisation, and nothing else.
 
-    Draws p ~ U{0..P} whole hops before and q ~ U{0..P} after, per utterance.
+    Draws p ~ U{0..P} whole hops before and q ~ U{0..P} after, per utterance; or shares of it.
     Whole hops keep the frame grid, so frame k of the content sees the same
     samples as without padding; only its position differs. Frames of the padding
     are not compared. Known from SSL pre-training (SPIRAL, Huang et al., ICLR 2022).
@@ -55,6 +56,9 @@ class ZeroPadding:
     ---------
     max_seconds : float
         P as a time; default 1 s.
+    share : (float, float), optional
+        Instead: a share of the utterance, drawn uniformly between these two and rounded to whole
+        hops, before and after; 0 to 0.5. Default: none.
     hop : int
         The teacher's hop in samples; default 320.
     heard : bool
@@ -73,9 +77,21 @@ class ZeroPadding:
     (0, 1600, True)
     """
 
-    def __init__(self, max_seconds: float = 1.0, hop: int = 320, heard: bool = False):
+    def __init__(
+        self,
+        max_seconds: float = 1.0,
+        hop: int = 320,
+        heard: bool = False,
+        share: Sequence[float] | None = None,
+    ):
         if max_seconds < 0:
             raise ValueError(f"max_seconds: got {max_seconds}, needed is a number >= 0.")
+        if share is not None and not (len(share) == 2 and 0 <= share[0] <= share[1] <= 0.5):
+            raise UserError(
+                f"share: got {list(share)}, needed are the smallest and the largest share of the "
+                "utterance that is padded on a side, from 0 to 0.5, e.g. [0.02, 0.05]."
+            )
+        self.share = None if share is None else tuple(share)
         self.max_hops = round(max_seconds * SAMPLE_RATE / hop)
         self.hop = hop
         self.heard = heard
@@ -87,7 +103,12 @@ class ZeroPadding:
         rngs: Sequence[np.random.Generator] | None = None,
     ) -> Waveforms:
         waveforms = Waveforms.of(wavs, lengths)
-        hops = [rng.integers(self.max_hops + 1, size=2) for rng in _one_for_each(waveforms, rngs)]
+        rngs = _one_for_each(waveforms, rngs)
+        if self.share is None:
+            hops = [rng.integers(self.max_hops + 1, size=2) for rng in rngs]
+        else:
+            sizes = zip(rngs, waveforms.lengths.tolist())
+            hops = [np.rint(rng.uniform(*self.share, size=2) * n / self.hop) for rng, n in sizes]
         before, after = torch.from_numpy(np.stack(hops, axis=1).astype(np.int64)) * self.hop
         return waveforms.surrounded(before, after, padding_counts=self.heard)
 

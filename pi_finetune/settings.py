@@ -216,6 +216,25 @@ SETTINGS = _table(
     normalize=(FLAG, "whether frames have norm 1"),
     length_normalize=(FLAG, "whether soft-DTW is divided by the mean length"),
     max_pad_seconds=(number(low=0), "longest padding on a side"),
+    pad_share=(
+        Kind(
+            "two shares from 0 to 0.5, the smaller one first, e.g. [0.02, 0.05]",
+            lambda value: (
+                isinstance(value, list | tuple)
+                and len(value) == 2
+                and all(map(_is_number, value))
+                and 0 <= value[0] <= value[1] <= 0.5
+            ),
+        ),
+        "padding on a side, as a share of the utterance",
+    ),
+    idm_alpha=(number(low=0), "weight of the temporal regulariser"),
+    idm_margin=(number(above=0), "distance that frames far in time shall have"),
+    projection_dim=(COUNT, "dimensions of the learned projection"),
+    position_seconds=(SECONDS, "positions that are looked at"),
+    position_rotations=(COUNT, "rotations of each, so that content averages out"),
+    position_utterances=(whole(2), "utterances by which position is found"),
+    position_explained=(number(above=0, high=1), "share of position's variance"),
     # Recognisers
     recognizer_name=(NAME, "names its errors in the scores"),
     test_snrs=(either(SNRS, sequence(SNR, "", empty=True)), "SNRs of the test", IRRELEVANT),
@@ -266,6 +285,9 @@ SETTINGS = _table(
     train=(MAPPING, "keys of finetune.yaml"),
     evaluate=(MAPPING, "keys of evaluate.yaml"),
     compare=(MAPPING, "options of compare"),
+    test_sets=(or_null(MAPPING), "names of test sets, and their keys of evaluate.yaml"),
+    debug_settings=(MAPPING, "keys of the ablation"),
+    debug_teacher=(MAPPING, "keys of transformers.HubertConfig"),
     cluster=(TEXT, "local or slurm"),
     cpus_per_worker=(COUNT, "threads of a worker"),
     retries=(whole(0), "of a cell whose worker died"),
@@ -285,6 +307,9 @@ _BLOCKS = frozenset(
     " representation objective modules opt_class lr_schedule epoch_counter checkpointer"
     " train_loggers".split()
 )
+
+#: Blocks that may be null: a signal loss alone needs no teacher.
+_OPTIONAL_BLOCKS = ("teacher",)
 
 #: Keys whose value is a mapping of keys that stand in this table themselves.
 _NESTED = ("train", "evaluate", "training")
@@ -317,6 +342,8 @@ def check_each(values):
         elif isinstance(value, str) and value.startswith("!"):
             pass  # a tag in quotes, as words of a command line inside `train:` have it
         elif not _holds_tags(value):
+            if value is None and key in _OPTIONAL_BLOCKS:
+                continue
             if key in _BLOCKS and not isinstance(value, dict):
                 shown = "null" if value is None else value
                 raise UserError(

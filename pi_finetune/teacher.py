@@ -14,15 +14,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2FeatureExtractor,
+)
 from transformers.audio_utils import mel_filter_bank
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from pi_finetune.errors import UserError
+from pi_finetune.files import replacing_files
 from pi_finetune.lengths import Waveforms, content_frames, length_mask, zero_beyond
 
-__all__ = ["CNN", "FAMILIES", "SAMPLE_RATE", "Teacher", "quiet_transformers", "standardised"]
+__all__ = [
+    "CNN",
+    "FAMILIES",
+    "SAMPLE_RATE",
+    "Teacher",
+    "quiet_transformers",
+    "save_random_hubert",
+    "standardised",
+]
 
 SAMPLE_RATE = 16000
 
@@ -484,6 +499,24 @@ def quiet_transformers(bars: bool = False):
         transformers_logging.set_verbosity(verbosity)
         if hide:
             transformers_logging.enable_progress_bar()
+
+
+def save_random_hubert(folder: str | Path, seed: int = 0, **config: Any) -> None:
+    """Save a HuBERT with random weights, for a run that tests everything but the results.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Its files appear whole or not at all.
+    seed : int
+        Default: 0. The state of the generators is left as it was.
+    **config
+        Keys of ``transformers.HubertConfig``. Default: HuBERT Base.
+    """
+    with torch.random.fork_rng(devices=[]), replacing_files(folder) as temporary:
+        torch.manual_seed(seed)
+        HubertModel(HubertConfig(**config)).save_pretrained(temporary)
+        Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(temporary)
 
 
 def _load(source: str, revision: str | None, cache_dir: str | None) -> tuple[Any, dict]:

@@ -3,6 +3,7 @@
     python recipes/ablate.py hparams/ablation.yaml
     python recipes/ablate.py hparams/ablation.yaml --workers 4 --strategies "[mse, soft_dtw]"
     python recipes/ablate.py hparams/ablation.yaml --cluster slurm --workers null
+    python recipes/ablate.py hparams/paper/ablation.yaml --debug
 
 The same command continues after an interruption and skips what is finished.
 """
@@ -10,8 +11,10 @@ The same command continues after an interruption and skips what is finished.
 import json
 import logging
 import sys
+from pathlib import Path
 
 import submitit
+from hyperpyyaml.core import recursive_update
 
 from pi_finetune.ablation import Ablation, run_cells
 from pi_finetune.commands import parse
@@ -34,7 +37,8 @@ def ablate(experiment="ablation", overrides=None, run_opts=None):
     overrides : dict, optional
         Values of its top-level keys.
     run_opts : dict, optional
-        Not used: those of the trainings go into ``train``.
+        ``{"debug": True}`` runs the same with the file's ``debug_settings``, from random weights of
+        the architectures that it names. Those of the trainings go into ``train``.
 
     Returns
     -------
@@ -42,9 +46,15 @@ def ablate(experiment="ablation", overrides=None, run_opts=None):
         ``{folder: reason}`` of the cells that failed.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    hparams, resolved = load_hparams(
-        find_hparams(experiment), overrides, needs=("strategies", "lrs", "cluster")
-    )
+    path, needs = find_hparams(experiment), ("strategies", "lrs", "cluster")
+    hparams, resolved = load_hparams(path, overrides, needs=needs)
+    if (run_opts or {}).get("debug"):
+        models = Path(hparams["results_folder"], "debug").resolve()
+        changes = hparams["debug_settings"]
+        recursive_update(changes, overrides or {})
+        changes["results_folder"] = str(models)
+        hparams, resolved = load_hparams(path, changes)
+        with_random_weights(hparams, models / "models")
     ablation = Ablation(hparams)
     ablation.results.mkdir(parents=True, exist_ok=True)
     write_text(ablation.results / "ablation.yaml", resolved)
@@ -73,6 +83,36 @@ def ablate(experiment="ablation", overrides=None, run_opts=None):
     for folder, reason in failed.items():
         print(f"failed: {folder}: {reason}", file=sys.stderr)
     return failed
+
+
+def with_random_weights(hparams, folder):
+    """Let an ablation use random weights: of a HuBERT, and of the enhancer that it fine-tunes.
+
+    Arguments
+    ---------
+    hparams : dict
+        Of the ablation, changed in place.
+    folder : Path
+        Where the models are written, unless they are there.
+    """
+    from pi_finetune.enhancers import save_enhancer  # these import much
+    from pi_finetune.teacher import save_random_hubert
+
+    teacher, enhancer = folder / "teacher", folder / "enhancer"
+    if not (teacher / "config.json").exists():
+        save_random_hubert(teacher, **hparams["debug_teacher"])
+    name, own = next(iter(hparams["strategies"].items()))
+    settings = {**hparams["train"], **own}
+    experiment = find_hparams(settings.pop("hparams", name))
+    given = {"enhancer": settings["enhancer"]} if "enhancer" in settings else {}
+    if not (enhancer / "enhancer.safetensors").exists():
+        save_enhancer(enhancer, load_hparams(experiment, given)[0]["enhancer"])
+    for each in (hparams["train"], hparams["evaluate"]):
+        each["enhancer_weights"] = str(enhancer)
+    for each in hparams["teachers"].values():
+        each["teacher_source"] = str(teacher)
+    for each in hparams["recognizers"].values():
+        each["encoder_source"] = str(teacher)
 
 
 @command

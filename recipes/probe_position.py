@@ -131,9 +131,9 @@ def load_objective(name, teacher):
 def gradients(hparams, device):
     """The agreement of the objectives' gradients at the enhancer that training starts from."""
     batches = hparams["gradient_batches"]
-    if batches < 3:
-        raise UserError(f"gradient_batches: needed are 3 or more, got {batches}.")
     settings = {**hparams["training"], "asr_source": None, "select_by": "objective"}
+    if "updates" in settings:  # nothing is trained or validated here
+        settings["valid_every"] = settings["updates"]
     found = {}
     for name in hparams["gradient_objectives"]:
         path = strategy_file(name)

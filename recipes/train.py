@@ -17,7 +17,7 @@ from pi_finetune.data.checking import check_pairs
 from pi_finetune.distributed import on_main
 from pi_finetune.enhancers import load_weights
 from pi_finetune.errors import command
-from pi_finetune.objectives import load_teachers
+from pi_finetune.objectives import load_teachers, measure_projections
 
 
 def dataio_prepare(hparams):
@@ -64,6 +64,8 @@ def train(experiment, overrides=None, run_opts=None):
         on_main(check_pairs, train_data, valid_data)
     modules = load_pretrained(hparams)
     hparams["checkpointer"].add_recoverable("enhancer", modules["enhancer"])
+    if any(parameter.requires_grad for parameter in modules["objective"].parameters()):
+        hparams["checkpointer"].add_recoverable("objective", modules["objective"])
     brain = EnhancementBrain(
         modules=modules,
         opt_class=hparams["opt_class"],
@@ -71,6 +73,7 @@ def train(experiment, overrides=None, run_opts=None):
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
+    measure_projections(modules["objective"], train_data, hparams["output_folder"])
     workers = hparams["num_workers"]
     valid_loader = brain.make_valid_loader(
         valid_data, batch_size=hparams["valid_batch_size"], num_workers=workers

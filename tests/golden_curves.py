@@ -30,6 +30,8 @@ CASES = {
     "soft_dtw_no_speed": {},
     "speed_mse": {},
     "zero_pad_soft_dtw": {},
+    "mse_cnn": {},
+    "mse_projected": {"position_seconds": 0.8, "position_rotations": 40},
     "si_sdr": {},
     "l1_stft": {},
     "soft_dtw.enhanced_branch": {"perturbed_branch": "enhanced"},

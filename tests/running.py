@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HPARAMS = ROOT / "hparams"
 STRATEGIES = (
     "mse", "zero_pad", "zero_pad_heard", "soft_dtw", "soft_dtw_no_speed", "speed_mse",
-    "zero_pad_soft_dtw", "si_sdr", "l1_stft", "pretrain_enhancer", "enhance",
+    "zero_pad_soft_dtw", "mse_cnn", "mse_projected", "si_sdr", "l1_stft", "pretrain_enhancer",
+    "enhance",
 )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def declaring():
 
 def overrides(path):
     """Folders that are not there, and values for what must be given."""
-    text = path.read_text()
+    text = path.read_text().replace("extends: ../", "extends: ")
     while "extends: " in text:
         text = (
             text.replace("extends: ", "", 1)
@@ -65,7 +65,7 @@ def overrides(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(HPARAMS)))
 def test_loading_reads_nothing(path):
-    if path.parent != HPARAMS:
+    if path.parent.name in ("enhancers", "teachers"):
         key = {"enhancers": "enhancer", "teachers": "teacher_preset"}[path.parent.name]
         changed = {"assets": "/nowhere", "strategy": "any", key: f"!include:{path}"}
         path = HPARAMS / "finetune.yaml"

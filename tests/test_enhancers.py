@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from speechbrain.lobes.models import conv_tasnet
 from speechbrain.nnet.CNN import Conv1d
 
-from pi_finetune import enhancers
-from pi_finetune.config import build
+from pi_finetune import config, enhancers
 from pi_finetune.enhancers import (
     ConvTasNet,
     Demucs,
@@ -431,7 +430,7 @@ class TestSpeechBrain:
             f"enhancer: !include:{quote(str(HPARAMS))}/enhancers/speechbrain_pretrained.yaml\n"
             f"    source: {speechbrain_models}/waveform\n"
         )
-        assert isinstance(build(load_hyperpyyaml(text)["enhancer"]), SpeechBrainEnhancer)
+        assert isinstance(config.build(load_hyperpyyaml(text)["enhancer"]), SpeechBrainEnhancer)
 
     def test_hub_name_without_network(self, monkeypatch):
         def offline(*args, **kwargs):

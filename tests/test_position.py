@@ -437,8 +437,7 @@ def probe(corpus, noises, tiny_teacher, tmp_path):
         f"enhancer: !include:{quote(str(tmp_path))}/pre/block.yaml\nvalid_max_seconds: 5\n"
     )
     (tmp_path / "small_si_sdr.yaml").write_text(
-        f"extends: {tmp_path}/small_mse.yaml\nteacher: null\nrepresentation_weight: 0\n"
-        "signal_weight: 1\n"
+        f"extends: {tmp_path}/small_mse.yaml\nrepresentation_weight: 0\nsignal_weight: 1\n"
     )
     training = {
         "noise_folder": str(noises),
@@ -549,7 +548,10 @@ def test_the_gradients_of_objectives_are_compared(probe):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gradient_batches": 2, "diagnostics": "[gradients]"}, "gradient_batches: needed are 3"),
+        (
+            {"gradient_batches": 2, "diagnostics": "[gradients]"},
+            "gradient_batches: got 2, needed is a whole number, 3 or more",
+        ),
         ({"layers": "[7]"}, "layers: the teacher has 2 layers, asked for layer 7"),
         ({"segment_seconds": 30}, "needed are 12. Lower segment_seconds"),
         ({"diagnostics": "[shifts]"}, "diagnostics: no 'shifts'; choose from shift,"),

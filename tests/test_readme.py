@@ -22,6 +22,7 @@ def test_every_yaml_is_in_the_readme():
     text = (ROOT / "README.md").read_text()
     for path in (ROOT / "hparams").glob("*.yaml"):
         assert f"(hparams/{path.name})" in text, f"{path.name} is not in README.md"
+    assert "(hparams/paper)" in text and "(docs/paper.md)" in text  # which has a table of each
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))

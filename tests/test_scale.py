@@ -345,6 +345,7 @@ def test_training_from_shards_is_training_from_the_folder(train, corpus, tmp_pat
 
 @pytest.mark.parametrize(("cache_mb", "calls"), [(512, 3), (0.001, 4)])
 def test_the_clean_branch_of_a_validation_is_computed_once(tiny_teacher, cache_mb, calls):
+    from pi_finetune.lengths import Waveforms
     from pi_finetune.objectives import RepresentationObjective, SoftDTWDistance
     from pi_finetune.perturbations import SpeedPerturbation
     from pi_finetune.teacher import Teacher
@@ -352,12 +353,13 @@ def test_the_clean_branch_of_a_validation_is_computed_once(tiny_teacher, cache_m
     class Counting(Teacher):
         count = 0
 
-        def forward(self, wavs, lengths):
+        def forward(self, wavs, lengths=None):
             self.count += 1
             return super().forward(wavs, lengths)
 
     torch.manual_seed(0)
-    clean, lengths = torch.randn(2, 8000), torch.tensor([8000, 6000])
+    clean = Waveforms(torch.randn(2, 8000), torch.tensor([8000, 6000]), ids=("a", "b"))
+    other = clean.with_data(clean.data * 0.5 + 0.1).named(("c", "d"))
     teacher = Counting(tiny_teacher)
     objective = RepresentationObjective(
         teacher, SoftDTWDistance(), SpeedPerturbation([0.9, 1.1]), cache_mb=cache_mb
@@ -365,7 +367,7 @@ def test_the_clean_branch_of_a_validation_is_computed_once(tiny_teacher, cache_m
 
     def loss(seed=0, clean=clean):
         rngs = [np.random.default_rng([seed, i]) for i in range(2)]
-        return objective(clean * 0.9 + 0.01, clean, lengths, rngs)
+        return objective(clean.with_data(clean.data * 0.9 + 0.01), clean, rngs=rngs)
 
     in_training = [loss(seed) for seed in (0, 0, 5)]
     assert teacher.count == 6  # never cached
@@ -375,4 +377,4 @@ def test_the_clean_branch_of_a_validation_is_computed_once(tiny_teacher, cache_m
     assert teacher.count == calls
     assert torch.equal(first, second) and torch.equal(first, in_training[0])
     assert torch.equal(loss(5), in_training[2])  # other draws are not taken for these
-    assert not torch.equal(loss(0, clean * 0.5 + 0.1), first)
+    assert not torch.equal(loss(0, other), first)

@@ -71,13 +71,12 @@ class EnhancementBrain(UpdateBrain):
         training = stage == sb.Stage.TRAIN
         seed = self.hparams.seed if training else self.hparams.data_seed
         rngs = perturbation_rngs(seed, batch)
-        losses = self.modules.objective(enhanced, batch.clean, rngs=rngs)
+        objective = self.modules.objective if training else self.plain_modules["objective"]
+        losses = objective(enhanced, batch.clean, rngs=rngs)
         if not training:
             if not self.scores:  # the first batch stands for all
                 for callback in self.callbacks:
-                    self.added |= callback(
-                        self.modules.objective, enhanced, batch.clean, None, batch.id
-                    )
+                    self.added |= callback(objective, enhanced, batch.clean, None, batch.id)
             self._score(enhanced, batch, losses)
         return losses.mean()
 

@@ -54,11 +54,11 @@ class Augmentation:
         return wav
 
 
-def load_mixer(noise_folder, part, snrs):
+def load_mixer(noise_folder, part, snrs, noise_classes=None):
     """The NoiseMixer of one part (``train``, ``dev``, ``test``); None without a folder or SNRs."""
     if noise_folder is None or not snrs:
         return None
-    return NoiseMixer(prepare_noise(noise_folder, part), snrs)
+    return NoiseMixer(prepare_noise(noise_folder, part, noise_classes), snrs)
 
 
 class EncodedSpeech(Dataset):

@@ -10,7 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pi_finetune.enhancers.base import REGISTRY
-from pi_finetune.enhancers.demucs import CHECKPOINTS, read_denoiser_checkpoint
+from pi_finetune.enhancers.demucs import (
+    CHECKPOINTS,
+    load_denoiser_checkpoint,
+    read_denoiser_checkpoint,
+)
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing
 
@@ -94,7 +98,8 @@ def load_enhancer(folder, trust=False):
     Arguments
     ---------
     folder : str or Path
-        With ``enhancer.yaml`` and ``enhancer.safetensors``.
+        With ``enhancer.yaml`` and ``enhancer.safetensors``; or a checkpoint of
+        facebookresearch/denoiser (its name, URL or ``.th`` file).
     trust : bool
         Whether code that the folder names may be run (default False): a class that
         is not registered is imported, a SpeechBrain model's YAML file is executed.
@@ -105,6 +110,8 @@ def load_enhancer(folder, trust=False):
         Where a file is missing or unreadable, the class is unknown, an argument
         is wrong, or the weights do not fit.
     """
+    if str(folder) in CHECKPOINTS or Path(folder).suffix == ".th":
+        return load_denoiser_checkpoint(folder).eval()
     path = Path(folder) / CONFIG_FILE
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
