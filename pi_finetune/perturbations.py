@@ -107,8 +107,8 @@ class ZeroPadding:
         if self.share is None:
             hops = [rng.integers(self.max_hops + 1, size=2) for rng in rngs]
         else:
-            sizes = zip(rngs, waveforms.lengths.tolist())
-            hops = [np.rint(rng.uniform(*self.share, size=2) * n / self.hop) for rng, n in sizes]
+            (low, high), sizes = self.share, zip(rngs, waveforms.lengths.tolist())
+            hops = [np.rint(rng.uniform(low, high, size=2) * n / self.hop) for rng, n in sizes]
         before, after = torch.from_numpy(np.stack(hops, axis=1).astype(np.int64)) * self.hop
         return waveforms.surrounded(before, after, padding_counts=self.heard)
 

@@ -192,7 +192,7 @@ class PositionRemoval(Projection):
     def mean_frames(self, teacher: Any, pairs: Any) -> tuple[Tensor, Tensor]:
         """Means per frame index over two halves of the speech, [F, D] each, in float64."""
         size = int(self.settings["seconds"] * SAMPLE_RATE) // teacher.hop * teacher.hop
-        seed, rotations = self.settings["seed"], self.settings["rotations"]
+        seed, rotations = int(self.settings["seed"]), int(self.settings["rotations"])
         long_enough = [
             (key, entry)
             for key, entry in pairs.manifest.items()

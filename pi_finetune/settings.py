@@ -308,9 +308,6 @@ _BLOCKS = frozenset(
     " train_loggers".split()
 )
 
-#: Blocks that may be null: a signal loss alone needs no teacher.
-_OPTIONAL_BLOCKS = ("teacher",)
-
 #: Keys whose value is a mapping of keys that stand in this table themselves.
 _NESTED = ("train", "evaluate", "training")
 
@@ -342,8 +339,6 @@ def check_each(values):
         elif isinstance(value, str) and value.startswith("!"):
             pass  # a tag in quotes, as words of a command line inside `train:` have it
         elif not _holds_tags(value):
-            if value is None and key in _OPTIONAL_BLOCKS:
-                continue
             if key in _BLOCKS and not isinstance(value, dict):
                 shown = "null" if value is None else value
                 raise UserError(
