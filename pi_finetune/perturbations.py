@@ -91,7 +91,7 @@ class ZeroPadding:
                 f"share: got {list(share)}, needed are the smallest and the largest share of the "
                 "utterance that is padded on a side, from 0 to 0.5, e.g. [0.02, 0.05]."
             )
-        self.share = None if share is None else tuple(share)
+        self.share = None if share is None else (share[0], share[1])
         self.max_hops = round(max_seconds * SAMPLE_RATE / hop)
         self.hop = hop
         self.heard = heard

@@ -127,7 +127,7 @@ class PositionRemoval(Projection):
             )
         if not 0 < explained <= 1:
             raise UserError(f"explained: got {explained}, needed is a share above 0, to 1.")
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "seconds": float(seconds),
             "utterances": utterances,
             "rotations": rotations,

@@ -53,12 +53,11 @@ def declaring():
 
 def overrides(path):
     """Folders that are not there, and values for what must be given."""
-    text = path.read_text().replace("extends: ../", "extends: ")
-    while "extends: " in text:
-        text = (
-            text.replace("extends: ", "", 1)
-            + (HPARAMS / text.split("extends: ")[1].split()[0]).read_text()
-        )
+    text, file = path.read_text(), path
+    while base := re.search(r"^extends: (\S+)", file.read_text(), re.M):
+        own = file.parent / base[1]
+        file = own if own.is_file() and own != file else HPARAMS / base[1]
+        text += file.read_text()
     nowhere = {"assets": "/nowhere", "strategy": "any", "run": "any"}
     return {key: value for key, value in nowhere.items() if f"\n{key}: " in f"\n{text}"}
 

@@ -44,7 +44,10 @@ def _keys(name, readme):
     shown = re.search(rf"^```yaml\n# {name}\n(.*?)^```", readme.read_text(), re.M | re.S)
     tree = ruamel.yaml.YAML().load(shown[1] if shown else (ROOT / name).read_text())
     base = tree.pop("extends", None)
-    return set(tree) | (_keys(f"hparams/{base}", readme) if base else set())
+    beside = Path(name).parent / base if base else None
+    if beside is not None and not (ROOT / beside).is_file():
+        beside = Path("hparams") / base
+    return set(tree) | (_keys(str(beside), readme) if base else set())
 
 
 #: Flags of SpeechBrain itself that the READMEs use.
