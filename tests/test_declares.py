@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from hyperpyyaml import load_hyperpyyaml
@@ -66,7 +67,7 @@ def overrides(path):
 def test_loading_reads_nothing(path):
     if path.parent.name in ("enhancers", "teachers"):
         key = {"enhancers": "enhancer", "teachers": "teacher_preset"}[path.parent.name]
-        changed = {"assets": "/nowhere", "strategy": "any", key: f"!include:{path}"}
+        changed = {"assets": "/nowhere", "strategy": "any", key: f"!include:{quote(str(path))}"}
         path = HPARAMS / "finetune.yaml"
     else:
         changed = overrides(path)
