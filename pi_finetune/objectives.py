@@ -158,8 +158,8 @@ class SoftDTWDistance:
 def contrastive_idm(x: Tensor, lengths: Tensor, margin: float = 1.1, window: int = 0) -> Tensor:
     """Contrastive inverse difference moment: frames near in time be near, others ``margin`` apart.
 
-    With d_ij = |x_i - x_j| and w_ij = (i - j)^2 + 1, the sum over all i, j of
-    d_ij / w_ij where |i - j| <= ``window``, and of w_ij max(0, margin - d_ij) elsewhere, divided by
+    With ``d_ij = |x_i - x_j|`` and w_ij = (i - j)^2 + 1, the sum over all i, j of
+    d_ij / w_ij where ``|i - j| <= window``, and of w_ij max(0, margin - d_ij) elsewhere, divided by
     N^2. From Haresh et al., "Learning by Aligning Videos in Time" (CVPR 2021), with the distance
     and the divisor of LASER's code (Meghanani & Hain, Interspeech 2024): theirs are
     the squared distance and, with the other terms, the number of frames.
@@ -400,7 +400,7 @@ class SISDRLoss(nn.Module):
 
 
 class SNRLoss(nn.Module):
-    """Negative SNR in dB, bounded: 10 log10(|y - x|^2 / |y|^2 + 10^(-max_snr / 10)).
+    """Negative SNR in dB, bounded: ``10 log10(|y - x|^2 / |y|^2 + 10^(-max_snr / 10))``.
 
     Unlike SI-SDR it fixes the level. The bound is the threshold of Wisdom et al. (MixIT,
     NeurIPS 2020, eq. 1): without it, pairs that are almost clean outweigh all others.

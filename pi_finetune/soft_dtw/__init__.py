@@ -460,7 +460,7 @@ def gamma_heuristic(
     samples: int = 100,
     generator: torch.Generator | None = None,
 ) -> float:
-    """A gamma in proportion to a data set's costs and lengths: 2 T median(|a - b|)^2.
+    """A gamma in proportion to a data set's costs and lengths: ``2 T median(|a - b|)^2``.
 
     Cuturi's rule for the bandwidth of the global alignment kernel (ICML 2011), which soft-DTW is
     -gamma times the logarithm of, as tslearn's `gamma_soft_dtw` computes it: T is the length of
@@ -508,8 +508,8 @@ class SoftDTW(torch.nn.Module):
     """`soft_dtw` as a module.
 
     Args:
-        gamma, bandwidth, cost, divergence, backend, check_finite, itakura, step_penalty,
-            open_begin, open_end, checkpointed: As in `soft_dtw`.
+        gamma, bandwidth, cost, divergence, backend, check_finite: As in `soft_dtw`.
+        itakura, step_penalty, open_begin, open_end, checkpointed: As in `soft_dtw`.
         reduction: Over the batch: "none" [B], "mean" or "sum" (scalars).
 
     Shapes: x [B, N, D], y [B, M, D], x_lengths [B], y_lengths [B].
