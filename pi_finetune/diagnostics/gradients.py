@@ -14,6 +14,7 @@ from scipy import stats
 
 from pi_finetune.data.loading import UpdateSampler, collate
 from pi_finetune.files import json_number
+from pi_finetune.results.statistics import percentile_bootstrap
 from pi_finetune.seeding import perturbation_rngs
 
 
@@ -121,15 +122,10 @@ def gradient_agreement(gradients, seed=0, confidence=0.95, replicates=9999):
     signal = np.diag(whole) / np.einsum("aaii->a", gram) * batches
     with warnings.catch_warnings():  # where there is only noise, there is no interval
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        drawn = stats.bootstrap(
-            (np.arange(batches),),
-            resampled,
-            vectorized=False,
-            n_resamples=replicates,
-            confidence_level=confidence,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
+        rows = (np.arange(batches),)
+        drawn = percentile_bootstrap(
+            rows, resampled, seed, confidence, replicates, vectorized=False
+        )
     return [
         {
             "objective": name,

@@ -338,6 +338,19 @@ def area_under_curve(updates, scores, start, stop):
     return float(integrate.trapezoid(np.interp(points, updates, scores), points) / (stop - start))
 
 
+def percentile_bootstrap(data, statistic, seed, confidence, replicates, **how):
+    """The percentile interval of ``scipy.stats.bootstrap``, drawn with ``seed``; ``low, high``."""
+    return stats.bootstrap(
+        data,
+        statistic,
+        n_resamples=replicates,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+        **how,
+    ).confidence_interval
+
+
 def bootstrap_ratio(numerators, denominators, seed=0, confidence=0.95, replicates=9999):
     """Ratio of means with a percentile bootstrap interval; rows are resampled together.
 
@@ -366,16 +379,10 @@ def bootstrap_ratio(numerators, denominators, seed=0, confidence=0.95, replicate
         with np.errstate(divide="ignore", invalid="ignore"):
             return top.sum(axis) / bottom.sum(axis)
 
-    drawn = stats.bootstrap(
-        (numerators, denominators),
-        ratio,
-        paired=True,
-        vectorized=True,
-        n_resamples=replicates,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    rows = (numerators, denominators)
+    drawn = percentile_bootstrap(
+        rows, ratio, seed, confidence, replicates, paired=True, vectorized=True
+    )
     return Interval(estimate, float(drawn.low), float(drawn.high))
 
 
