@@ -336,8 +336,6 @@ def check_each(values):
     for key, value in values.items():
         if key in _NESTED and isinstance(value, dict):
             check_each(value)
-        elif isinstance(value, str) and value.startswith("!"):
-            pass  # a tag in quotes, as words of a command line inside `train:` have it
         elif not _holds_tags(value):
             if key in _BLOCKS and not isinstance(value, dict):
                 shown = "null" if value is None else value
@@ -352,7 +350,8 @@ def _holds_tags(value):
     """Whether a value, or one in it, is known only when it is resolved or made."""
     if isinstance(value, dict | list):
         return any(map(_holds_tags, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, Tagged)
+    # In quotes where it is a word of a command line inside `train:`.
+    return isinstance(value, Tagged) or (isinstance(value, str) and value.startswith("!"))
 
 
 def check_values(values):
