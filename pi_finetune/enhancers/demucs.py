@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pi_finetune.enhancers.base import WaveformEnhancer
 from pi_finetune.errors import UserError
-from pi_finetune.lengths import zero_beyond
+from pi_finetune.lengths import on_device, zero_beyond
 
 #: The published causal checkpoints. They are under CC BY-NC 4.0: not for commercial use.
 CHECKPOINTS = {
@@ -153,14 +153,7 @@ class Demucs(WaveformEnhancer):
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         inputs, outputs = 1, hidden
         for level in range(depth):
-            self.encoder.append(
-                nn.Sequential(
-                    nn.Conv1d(inputs, outputs, kernel_size, stride),
-                    nn.ReLU(),
-                    nn.Conv1d(outputs, 2 * outputs, 1),
-                    nn.GLU(dim=1),
-                )
-            )
+            self.encoder.append(encoder_level(inputs, outputs, kernel_size, stride))
             decode = [
                 nn.Conv1d(outputs, 2 * outputs, 1),
                 nn.GLU(dim=1),
@@ -171,13 +164,7 @@ class Demucs(WaveformEnhancer):
         self.lstm = nn.ModuleDict({"lstm": nn.LSTM(inputs, inputs, lstm_layers)})
         self.register_buffer("half_sample", half_sample_filter(), persistent=False)
         if rescale:
-            with torch.no_grad():
-                for module in self.modules():
-                    if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-                        assert module.bias is not None
-                        scale = (module.weight.std() / rescale).sqrt()
-                        module.weight.div_(scale)
-                        module.bias.div_(scale)
+            rescale_convolutions(self, rescale)
 
     def valid_length(self, length: int) -> int:
         """The least number of samples, ``length`` or more, that all levels take whole."""
@@ -253,11 +240,11 @@ class Demucs(WaveformEnhancer):
         """Outputs of the levels [B, C, N] of x [B, 1, T], zero beyond items, and items' frames."""
         for _ in range(self.resample.bit_length() - 1):
             sizes = 2 * sizes
-            x = _cut(upsample(x, self.half_sample.to(x.dtype)), sizes)
+            x = cut(upsample(x, self.half_sample.to(x.dtype)), sizes)
         skips = []
         for encode in self.encoder:
             sizes = (sizes - self.kernel_size).div(self.stride, rounding_mode="floor") + 1
-            x = _cut(encode(x), sizes)
+            x = cut(encode(x), sizes)
             skips.append(x)
         return skips, sizes
 
@@ -266,19 +253,19 @@ class Demucs(WaveformEnhancer):
         for decode, skip in zip(self.decoder, reversed(skips)):
             assert isinstance(decode, nn.Sequential)
             # The bias of the narrow part is not to reach the frames of an item from beyond it.
-            x = _cut(decode[:2](x + skip[..., : x.shape[-1]]), sizes)
+            x = cut(decode[:2](x + skip[..., : x.shape[-1]]), sizes)
             x = decode[2:](x)
             sizes = (sizes - 1) * self.stride + self.kernel_size
-            x = _cut(x, sizes)
+            x = cut(x, sizes)
         for _ in range(self.resample.bit_length() - 1):
             sizes = (sizes + 1) // 2
-            x = _cut(downsample(x, self.half_sample.to(x.dtype)), sizes)
+            x = cut(downsample(x, self.half_sample.to(x.dtype)), sizes)
         return x
 
 
 def deviation(wavs: Tensor, lengths: Tensor) -> Tensor:
     """Unbiased standard deviation [B, 1] of wavs [B, T], zero beyond lengths [B]."""
-    count = lengths.to(wavs.device, non_blocking=True)[:, None]
+    count = on_device(lengths, wavs.device)[:, None]
     mean = wavs.sum(1, keepdim=True) / count.clamp(min=1)
     centred = zero_beyond(wavs - mean, lengths)
     variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
@@ -286,7 +273,28 @@ def deviation(wavs: Tensor, lengths: Tensor) -> Tensor:
     return variance.masked_fill(silent, 1.0).sqrt().masked_fill(silent, 0.0)
 
 
-def _cut(x: Tensor, sizes: Tensor) -> Tensor:
+def encoder_level(inputs: int, outputs: int, kernel_size: int, stride: int) -> nn.Sequential:
+    """A level of the encoder: [B, ``inputs``, T] to [B, ``outputs``, N]."""
+    return nn.Sequential(
+        nn.Conv1d(inputs, outputs, kernel_size, stride),
+        nn.ReLU(),
+        nn.Conv1d(outputs, 2 * outputs, 1),
+        nn.GLU(dim=1),
+    )
+
+
+@torch.no_grad()
+def rescale_convolutions(model: nn.Module, reference: float) -> None:
+    """Divide each convolution's weights and bias by sqrt(std(weight) / reference)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            assert module.bias is not None
+            scale = (module.weight.std() / reference).sqrt()
+            module.weight.div_(scale)
+            module.bias.div_(scale)
+
+
+def cut(x: Tensor, sizes: Tensor) -> Tensor:
     """x [B, C, N], zero from sizes [B] on."""
     return zero_beyond(x.transpose(1, 2), sizes).transpose(1, 2)
 

@@ -7,7 +7,8 @@ from speechbrain.nnet.RNN import LSTM
 from torch import nn
 
 from pi_finetune.enhancers.base import WaveformEnhancer, rms
-from pi_finetune.lengths import shares, zero_beyond
+from pi_finetune.enhancers.demucs import cut, encoder_level, rescale_convolutions
+from pi_finetune.lengths import shares
 
 
 class UNetEnhancer(WaveformEnhancer):
@@ -70,14 +71,7 @@ class UNetEnhancer(WaveformEnhancer):
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         inputs, outputs = 1, channels
         for level in range(depth):
-            self.encoder.append(
-                nn.Sequential(
-                    nn.Conv1d(inputs, outputs, kernel, stride),
-                    nn.ReLU(),
-                    nn.Conv1d(outputs, 2 * outputs, 1),
-                    nn.GLU(dim=1),
-                )
-            )
+            self.encoder.append(encoder_level(inputs, outputs, kernel, stride))
             # The transposed convolution is a step of its own: a mask comes before it.
             before = nn.Sequential(nn.Conv1d(outputs, 2 * outputs, 1), nn.GLU(dim=1))
             up = nn.ConvTranspose1d(outputs, inputs, kernel, stride)
@@ -91,12 +85,7 @@ class UNetEnhancer(WaveformEnhancer):
             bidirectional=not causal,
         )
         self.join = nn.Identity() if causal else Linear(n_neurons=inputs, input_size=2 * inputs)
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-                    scale = (module.weight.std() / rescale).sqrt()
-                    module.weight.div_(scale)
-                    module.bias.div_(scale)
+        rescale_convolutions(self, rescale)
 
     def enhance(self, wavs, lengths):
         """See ``WaveformEnhancer``."""
@@ -106,7 +95,7 @@ class UNetEnhancer(WaveformEnhancer):
         for encode in self.encoder:
             lengths = self._frames(lengths)
             size = (self._frames(x.shape[2]) - 1) * self.stride + self.kernel
-            x = self._cut(encode(F.pad(x, (0, size - x.shape[2]))), lengths)
+            x = cut(encode(F.pad(x, (0, size - x.shape[2]))), lengths)
             skips.append(x)
             sizes.append((lengths, x.shape[2]))
         # SpeechBrain packs by relative lengths, truncating: half a frame more is safe.
@@ -114,7 +103,7 @@ class UNetEnhancer(WaveformEnhancer):
         x = self.join(self.lstm(x.transpose(1, 2), lengths=relative)[0]).transpose(1, 2)
         for before, up, after in self.decoder:
             lengths, _ = sizes.pop()
-            x = up(self._cut(before(x + skips.pop()), lengths))
+            x = up(cut(before(x + skips.pop()), lengths))
             x = after(x[..., : sizes[-1][1]])
         return x[:, 0] * level
 
@@ -124,8 +113,3 @@ class UNetEnhancer(WaveformEnhancer):
             return (max(lengths - self.kernel, 0) + self.stride - 1) // self.stride + 1
         frames = (lengths - self.kernel + self.stride - 1).div(self.stride, rounding_mode="floor")
         return (frames.clamp(min=0) + 1) * (lengths > 0)
-
-    @staticmethod
-    def _cut(x, lengths):
-        """Set x [B, C, N] to zero from lengths [B] on."""
-        return zero_beyond(x.transpose(1, 2), lengths).transpose(1, 2)
