@@ -20,6 +20,7 @@ __all__ = [
     "as_pair",
     "content_frames",
     "length_mask",
+    "on_device",
     "shares",
     "zero_beyond",
 ]
@@ -59,8 +60,8 @@ def length_mask(
     device = lengths.device if device is None else device
     place = torch.arange(size, device=device)
     if start is None:
-        return place < _on(lengths, device)[:, None]
-    ends = _on(torch.stack([start, start + lengths]), device)[..., None]  # [2, B, 1]
+        return place < on_device(lengths, device)[:, None]
+    ends = on_device(torch.stack([start, start + lengths]), device)[..., None]  # [2, B, 1]
     return (place >= ends[0]) & (place < ends[1])
 
 
@@ -72,11 +73,11 @@ def zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
 
 def shares(lengths: Tensor, size: int, device: torch.device | None = None) -> Tensor:
     """Lengths [B] as shares of ``size`` in float32, as SpeechBrain's modules take them."""
-    return _on(lengths / size, lengths.device if device is None else device)
+    return on_device(lengths / size, lengths.device if device is None else device)
 
 
-def _on(lengths: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device`` that the CPU does not wait for."""
+def on_device(lengths: Tensor, device: torch.device) -> Tensor:
+    """Lengths [B] copied to ``device``; the CPU does not wait."""
     return lengths.to(device, non_blocking=True)
 
 
@@ -107,7 +108,7 @@ class Padded:
     @property
     def device_lengths(self) -> Tensor:
         """Lengths [B] on the device of the data, for arithmetic with it."""
-        return _on(self.lengths, self.data.device)
+        return on_device(self.lengths, self.data.device)
 
     def mask(self) -> Tensor:
         """[B, N], True at valid places, on the device of the data."""

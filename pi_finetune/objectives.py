@@ -18,7 +18,14 @@ from torch.nn import functional as F
 
 from pi_finetune.config import build
 from pi_finetune.errors import UserError
-from pi_finetune.lengths import Waveforms, as_lengths, as_pair, length_mask
+from pi_finetune.lengths import (
+    Waveforms,
+    as_lengths,
+    as_pair,
+    length_mask,
+    on_device,
+    zero_beyond,
+)
 from pi_finetune.perturbations import NoPerturbation, Perturbation
 from pi_finetune.projections import Projection
 from pi_finetune.soft_dtw import soft_dtw
@@ -71,8 +78,7 @@ class MSEDistance:
         frames = int(x_lengths.max())
         squared = (x[:, :frames].float() - y[:, :frames].float()).square()
         squared = squared.sum(dim=-1) if self.sum_dimensions else squared.mean(dim=-1)
-        mask = length_mask(x_lengths, frames, x.device)
-        return squared.masked_fill(~mask, 0.0).sum(dim=1) / _beside(x_lengths, x)
+        return zero_beyond(squared, x_lengths).sum(dim=1) / on_device(x_lengths, x.device)
 
 
 class WarpedMSEDistance:
@@ -85,9 +91,9 @@ class WarpedMSEDistance:
     def __call__(self, x: Tensor, x_lengths: Tensor, y: Tensor, y_lengths: Tensor) -> Tensor:
         x_lengths = as_lengths(x_lengths)
         frames = int(x_lengths.max())
-        last = _beside(as_lengths(y_lengths), x)[:, None] - 1
+        last = on_device(as_lengths(y_lengths), x.device)[:, None] - 1
         n = torch.arange(frames, device=x.device)
-        place = (n + 0.5) * ((last + 1) / _beside(x_lengths, x)[:, None]) - 0.5  # [B, N]
+        place = (n + 0.5) * ((last + 1) / on_device(x_lengths, x.device)[:, None]) - 0.5  # [B, N]
         place = place.clamp(min=0.0).minimum(last.to(place.dtype))
         left = place.floor().long()
         right = (left + 1).minimum(last)
@@ -151,7 +157,7 @@ class SoftDTWDistance:
             x, y = F.normalize(x.float(), dim=-1), F.normalize(y.float(), dim=-1)
         value = soft_dtw(x, y, x_lengths, y_lengths, **self.options)
         if self.length_normalize:
-            value = value / (_beside(x_lengths + y_lengths, x) / 2)
+            value = value / (on_device(x_lengths + y_lengths, x.device) / 2)
         return value
 
 
@@ -183,7 +189,7 @@ def contrastive_idm(x: Tensor, lengths: Tensor, margin: float = 1.1, window: int
     lengths = as_lengths(lengths)
     frames = int(lengths.max())
     mask = length_mask(lengths, frames, x.device)
-    x = x[:, :frames].masked_fill(~mask[..., None], 0.0)
+    x = zero_beyond(x[:, :frames], lengths)
     # By differences, not by products: a root of what is left of two large numbers has no gradient.
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # [B, N, N]
     place = torch.arange(frames, device=x.device, dtype=x.dtype)
@@ -192,7 +198,7 @@ def contrastive_idm(x: Tensor, lengths: Tensor, margin: float = 1.1, window: int
     near, far = distance / weight, weight * F.relu(margin - distance)
     each = torch.where(apart <= window, near, far)
     pairs = mask[:, :, None] & mask[:, None]
-    return each.masked_fill(~pairs, 0.0).sum(dim=(1, 2)) / _beside(lengths, x).square()
+    return each.masked_fill(~pairs, 0.0).sum(dim=(1, 2)) / on_device(lengths, x.device).square()
 
 
 class SoftDTWLAVDistance(SoftDTWDistance):
@@ -227,11 +233,6 @@ class SoftDTWLAVDistance(SoftDTWDistance):
             moment = contrastive_idm(reps, lengths, self.margin, self.window)
             value = value + self.alpha * moment
         return value
-
-
-def _beside(lengths: Tensor, x: Tensor) -> Tensor:
-    """Lengths [B] on the device of ``x``; the CPU does not wait."""
-    return lengths.to(x.device, non_blocking=True)
 
 
 class RepresentationObjective(nn.Module):
@@ -374,6 +375,15 @@ def measure_projections(objective, pairs, folder):
             module.projection.measure(module.teacher, pairs, folder)
 
 
+def _valid_samples(
+    enhanced: Tensor | Waveforms, clean: Tensor | Waveforms, lengths: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both sides in float32, [B, T] each and zero beyond their lengths [B], and the lengths."""
+    enhanced, clean = as_pair(enhanced, clean, lengths)
+    x, y = (zero_beyond(wavs.data.float(), enhanced.lengths) for wavs in (enhanced, clean))
+    return x, y, enhanced.lengths
+
+
 class SISDRLoss(nn.Module):
     """Negative SI-SDR in dB (Le Roux et al., ICASSP 2019), means removed over valid samples."""
 
@@ -384,9 +394,8 @@ class SISDRLoss(nn.Module):
         lengths: Any = None,
         rngs: Rngs = None,
     ) -> Tensor:
-        enhanced, clean = as_pair(enhanced, clean, lengths)
-        mask, samples = enhanced.mask(), enhanced.device_lengths
-        x, y = (self._centre(wavs.data, mask, samples) for wavs in (enhanced, clean))
+        *pair, samples = _valid_samples(enhanced, clean, lengths)
+        x, y = (self._centre(wavs, samples) for wavs in pair)
         eps = 1e-8
         scale = (x * y).sum(1) / (y.square().sum(1) + eps)
         target = scale[:, None] * y
@@ -394,9 +403,9 @@ class SISDRLoss(nn.Module):
         return -10 * torch.log10((target.square().sum(1) + eps) / (error + eps))
 
     @staticmethod
-    def _centre(wav: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
-        wav = wav.float().masked_fill(~mask, 0.0)
-        return (wav - wav.sum(1, keepdim=True) / lengths[:, None]).masked_fill(~mask, 0.0)
+    def _centre(wavs: Tensor, lengths: Tensor) -> Tensor:
+        count = on_device(lengths, wavs.device)[:, None]
+        return zero_beyond(wavs - wavs.sum(1, keepdim=True) / count, lengths)
 
 
 class SNRLoss(nn.Module):
@@ -429,9 +438,7 @@ class SNRLoss(nn.Module):
         lengths: Any = None,
         rngs: Rngs = None,
     ) -> Tensor:
-        enhanced, clean = as_pair(enhanced, clean, lengths)
-        mask = enhanced.mask()
-        x, y = (wavs.data.float().masked_fill(~mask, 0.0) for wavs in (enhanced, clean))
+        x, y, _ = _valid_samples(enhanced, clean, lengths)
         noise = (x - y).square().sum(1) / (y.square().sum(1) + 1e-8)
         return 10 * torch.log10(noise + self.threshold)
 
@@ -459,16 +466,13 @@ class L1STFTLoss(nn.Module):
         lengths: Any = None,
         rngs: Rngs = None,
     ) -> Tensor:
-        enhanced, clean = as_pair(enhanced, clean, lengths)
-        mask = enhanced.mask()
-        a, b = (wavs.data.float().masked_fill(~mask, 0.0) for wavs in (enhanced, clean))
-        loss = (a - b).abs().sum(1) / enhanced.device_lengths
+        a, b, samples = _valid_samples(enhanced, clean, lengths)
+        loss = (a - b).abs().sum(1) / on_device(samples, a.device)
         for window_length in self.window_lengths:
             x, y = self._magnitude(a, window_length), self._magnitude(b, window_length)
-            frames = enhanced.lengths // (window_length // 4) + 1
-            frame_mask = length_mask(frames, x.shape[-1], x.device)
-            per_frame = (x - y).abs().mean(dim=1).masked_fill(~frame_mask, 0.0)
-            loss = loss + per_frame.sum(1) / _beside(frames, x) / len(self.window_lengths)
+            frames = samples // (window_length // 4) + 1
+            total = zero_beyond((x - y).abs().mean(dim=1), frames).sum(1)
+            loss = loss + total / on_device(frames, x.device) / len(self.window_lengths)
         return loss
 
     @staticmethod

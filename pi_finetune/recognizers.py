@@ -32,7 +32,7 @@ from transformers.utils import logging
 from pi_finetune.config import PROJECT_ROOT
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number, replacing, write_text
-from pi_finetune.lengths import Waveforms, as_lengths, length_mask, shares
+from pi_finetune.lengths import Waveforms, as_lengths, length_mask, on_device, shares
 from pi_finetune.phonemes import inventory, phonemes
 from pi_finetune.teacher import SAMPLE_RATE, Teacher
 
@@ -446,7 +446,7 @@ class CTCHead(nn.Module):
         # Each item reversed within its length, and both directions run on plain tensors: exact
         # with right padding, and on a CPU 4 to 8 times as fast as PyTorch's packed sequences.
         time = torch.arange(x.shape[1], device=x.device)
-        last = frame_lengths.to(x.device, non_blocking=True)[:, None] - 1
+        last = on_device(frame_lengths, x.device)[:, None] - 1
         mirror = torch.where(time <= last, last - time, time)[..., None]
         for forwards, backwards in zip(self.forwards, self.backwards):
             reverse = backwards(x.gather(1, mirror.expand_as(x)))[0]
@@ -458,7 +458,7 @@ class CTCHead(nn.Module):
 def _normalised_over_time(x, lengths):
     """x [B, F, D] with zero mean and unit variance of each dimension over the valid frames [B]."""
     valid = length_mask(lengths, x.shape[1], x.device)
-    count = lengths.to(x.device, non_blocking=True)[:, None, None]
+    count = on_device(lengths, x.device)[:, None, None]
     x = (x - (x * valid[..., None]).sum(1, keepdim=True) / count) * valid[..., None]
     return x / ((x.square().sum(1, keepdim=True) / count).sqrt() + 1e-3)
 

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing_files
-from pi_finetune.lengths import Waveforms, content_frames, length_mask, zero_beyond
+from pi_finetune.lengths import Waveforms, content_frames, length_mask, on_device, zero_beyond
 
 __all__ = [
     "CNN",
@@ -422,7 +422,7 @@ def standardised(wavs: Waveforms) -> Tensor:
     else:
         start, counts = wavs.content
         inside = length_mask(counts, data.shape[1], data.device, start)
-        n = counts.to(data.device, non_blocking=True)[:, None]
+        n = on_device(counts, data.device)[:, None]
         inner = data.masked_fill(~inside, 0)
         centred = data - inside * (inner.sum(1, keepdim=True) / n)
         inner = centred.masked_fill(~inside, 0)

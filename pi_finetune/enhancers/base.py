@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pi_finetune.lengths import Waveforms, length_mask
+from pi_finetune.lengths import Waveforms, length_mask, on_device
 
 SAMPLE_RATE = 16000
 
@@ -23,7 +23,7 @@ def class_path(cls):
 
 def rms(wavs: Tensor, lengths: Tensor) -> Tensor:
     """Root mean square [B, 1] of wavs [B, T] (zero beyond lengths) over their valid samples."""
-    samples = lengths.clamp(min=1).to(wavs.device, non_blocking=True)
+    samples = on_device(lengths.clamp(min=1), wavs.device)
     return (wavs.square().sum(1) / samples + 1e-10).sqrt()[:, None]
 
 
