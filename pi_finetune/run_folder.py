@@ -272,7 +272,7 @@ def session(run_options, device):
         "process": os.getpid(),
         "device": device_name(device),
         "run_options": run_options,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **package_versions(_PACKAGES)},
         "git": _git_revision(),
     }
 
@@ -300,15 +300,17 @@ def _command():
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _versions():
+def package_versions(packages):
+    """``{package: version}`` of those that are installed; the project's own in a checkout too."""
     found = {}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout
-            from pi_finetune import __version__
+        except importlib.metadata.PackageNotFoundError:
+            if name == "pi_finetune":  # run from a checkout
+                from pi_finetune import __version__
 
-            found[name] = __version__
+                found[name] = __version__
     return found
 
 

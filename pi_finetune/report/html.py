@@ -1,7 +1,6 @@
 """A comparison as one HTML file that needs nothing else: no network, no server, no neighbours."""
 
 import base64
-import importlib.metadata
 import math
 import platform
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pi_finetune.report import plots, tables
 from pi_finetune.report.position import position_section
 from pi_finetune.results.comparison import DEV_METRICS
 from pi_finetune.results.runs import UNTRAINED
+from pi_finetune.run_folder import package_versions
 
 _PACKAGES = "pi_finetune torch speechbrain transformers jiwer pesq pystoi scipy numpy".split()
 #: Distinct values up to which utterances are grouped by value and not by thirds.
@@ -92,7 +92,7 @@ def write_report(
         sections=[(title, Markup(body)) for title, body in sections],
         settings=_settings(comparison),
         command=command,
-        versions=_versions(),
+        versions={"Python": platform.python_version(), **package_versions(_PACKAGES)},
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
     )
     write_text(path, page)
@@ -453,16 +453,3 @@ def _settings(comparison):
             text = text.replace(f"{Path.cwd()}/", "").replace(str(Path.home()), "~")
             found[run.strategy] = (run.name, text)
     return list(found.values())
-
-
-def _versions():
-    versions = {"Python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            if name == "pi_finetune":  # run from a checkout
-                from pi_finetune import __version__
-
-                versions[name] = __version__
-    return versions
