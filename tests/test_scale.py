@@ -1,11 +1,14 @@
 """Several processes, gradient accumulation and reduced precision, through the recipes."""
 
+import functools
 import json
+import math
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from running import ROOT, validations
 from safetensors.torch import load_file
 
 from pi_finetune.brains.enhancement import EnhancementBrain
+from pi_finetune.brains.updates import UpdateBrain
+from pi_finetune.distributed import rank, start_processes
 from pi_finetune.errors import UserError
 
 
@@ -331,6 +336,61 @@ def test_batches_of_similar_lengths_train_and_resume(train, tmp_path, monkeypatc
     assert [line["objective"] for line in validations(straight)] == [
         line["objective"] for line in validations(killed)
     ]
+
+
+class Slope(UpdateBrain):
+    """Its loss is the mean of the batch times a parameter, so the gradient is that mean."""
+
+    def __init__(self, batches, run_opts):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        rate = types.SimpleNamespace(calculate_lr=lambda update: 1.0)
+        super().__init__(
+            modules={"model": model},
+            opt_class=functools.partial(torch.optim.SGD, lr=1.0),
+            hparams={"lr_schedule": rate, "nonfinite_patience": 3},
+            run_opts=start_processes({"device": "cpu", "max_grad_norm": 1e9, **run_opts}),
+        )
+        self.equal_batches = False
+        self._wrap_distributed()
+        self.init_optimizers()
+        self.losses = []
+        for values in batches:
+            self.step += 1
+            self.losses.append(float(self.fit_batch(types.SimpleNamespace(id=values, x=values))))
+
+    def compute_forward(self, batch, stage):
+        return self.modules.model(torch.tensor(batch.x)[:, None])
+
+    def compute_objectives(self, predictions, batch, stage):
+        return predictions.mean() + torch.tensor(batch.x).mean()
+
+
+def test_an_update_is_the_mean_over_its_utterances():
+    # two updates, each of a small and a large batch
+    batches = [[1.0], [2.0, 3.0, 6.0], [10.0, 20.0], [3.0, 3.0]]
+    brain = Slope(batches, {"grad_accumulation_factor": 2})
+    assert brain.plain_modules["model"].weight.item() == pytest.approx(-(3.0 + 9.0))
+    assert brain.losses[0] == 1.0  # what is logged is not weighted
+    broken = Slope([[1.0], [float("nan")], *batches], {"grad_accumulation_factor": 2})
+    assert broken.history.skipped == 1  # and leaves nothing behind
+    assert broken.plain_modules["model"].weight.item() == pytest.approx(-(3.0 + 9.0))
+    average = math.nan
+    for brain.weight, loss in ((1.0, 1.0), (3.0, 5.0), (4.0, math.nan)):
+        average = brain.update_average(loss, average)
+    assert average == 4.0
+
+
+def test_an_update_is_the_mean_over_the_utterances_of_all_processes(tmp_path):
+    def work():
+        mine = [[1.0], [2.0, 3.0, 6.0]]
+        brain = Slope([mine[int(os.environ["RANK"])]], {"distributed_backend": "gloo"})
+        found = [brain.plain_modules["model"].weight.item(), *brain.losses]
+        (tmp_path / str(rank())).write_text(json.dumps(found))
+
+    in_processes(work)
+    for each in range(2):
+        assert json.loads((tmp_path / str(each)).read_text()) == pytest.approx([-3.0, 3.0])
 
 
 def test_training_from_shards_is_training_from_the_folder(train, corpus, tmp_path):

@@ -122,7 +122,7 @@ class History:
         self.seconds = 0.0  # validation excluded
         self.started = None  # of the stretch of training under way, on this process's clock
         self.skipped = 0
-        self.finite_losses = 0  # of the epoch under way
+        self.finite_losses = 0  # of the epoch under way, each counted with its weight
         self.validations = []
 
     def start(self):
@@ -164,6 +164,7 @@ class UpdateBrain(sb.Brain):
 
     Every validation adds a line to ``valid.jsonl``. A step with a non-finite loss or gradient is
     skipped (SpeechBrain makes it) and counted; too many in a row end the training with an error.
+    An update is the mean over its utterances, however they are spread over batches and processes.
 
     From YAML it uses: ``output_folder, seed, lr_schedule, valid_every, batch_size,
     nonfinite_patience, train_loggers``.
@@ -178,6 +179,9 @@ class UpdateBrain(sb.Brain):
         self.history = History([processes(), self.grad_accumulation_factor])
         self.skipped_in_a_row = 0
         self.spoilt = None  # why the update under way must be skipped
+        self.equal_batches = True
+        self.weight = 1.0  # of the batch under way: its utterances, where batches differ in them
+        self.update_weight = 0.0  # of the batches of the update so far
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("history", self.history)
 
@@ -192,7 +196,8 @@ class UpdateBrain(sb.Brain):
         # lists an epoch beforehand and shuffles batches once more.
         batches = self.hparams.valid_every * self.grad_accumulation_factor * processes()
         max_seconds = getattr(self.hparams, "max_batch_seconds", None)
-        if max_seconds is None:
+        self.equal_batches = max_seconds is None
+        if self.equal_batches:
             sampler = UpdateSampler(
                 len(dataset), batches * self.hparams.batch_size, self.hparams.seed
             )
@@ -288,8 +293,15 @@ class UpdateBrain(sb.Brain):
 
         With gradient accumulation one bad batch spoils the update it is part of.
         """
+        if not self.equal_batches:
+            self.weight = float(len(batch.id))
         try:
-            return mean_over_processes(super().fit_batch(batch))
+            loss = super().fit_batch(batch)
+            if self.equal_batches:
+                return mean_over_processes(loss)
+            total, weight = mean_over_processes(loss.new_tensor([loss * self.weight, self.weight]))
+            self.weight = float(weight)  # of the mean, which is what is averaged on
+            return total / weight
         except NonFiniteStep as reason:
             self.zero_grad()
             self.spoilt = f"{reason} on utterances {batch.id}"
@@ -299,6 +311,7 @@ class UpdateBrain(sb.Brain):
 
     def _skip(self):
         self.zero_grad()
+        self.update_weight = 0.0
         self.history.skipped += 1
         self.skipped_in_a_row += 1
         logger.warning(
@@ -319,12 +332,24 @@ class UpdateBrain(sb.Brain):
         # All processes must agree to skip: what is not finite in one is not in the mean.
         if not torch.isfinite(mean_over_processes(loss.detach())):
             raise NonFiniteStep("a non-finite loss")
+        if not self.equal_batches:
+            # SpeechBrain and DDP take plain means over batches: each is weighted here, and their
+            # sum of weights is taken out again before the step.
+            weight = self.weight
+            loss.register_hook(lambda gradient: gradient * weight)
+            self.update_weight += weight
 
     def optimizers_step(self):
         """Clip and step, unless the update is spoilt or its gradient not finite."""
         if self.spoilt is not None:
             self._skip()
             return
+        if not self.equal_batches:
+            weight = float(mean_over_processes(torch.tensor(self.update_weight)))
+            for parameter in self.modules.parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= self.grad_accumulation_factor / weight
+            self.update_weight = 0.0
         if not self.scaler.is_enabled():
             gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]
             if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
@@ -338,12 +363,12 @@ class UpdateBrain(sb.Brain):
         self.skipped_in_a_row = 0
 
     def update_average(self, loss, avg_loss):
-        """The mean of the finite losses so far, NaN without any; SpeechBrain's begins at 0."""
+        """The weighted mean of the finite losses, NaN without any; SpeechBrain's begins at 0."""
         if not math.isfinite(loss):
             return avg_loss if self.history.finite_losses else math.nan
-        self.history.finite_losses += 1
-        before = avg_loss if self.history.finite_losses > 1 else 0.0
-        return before + (float(loss) - before) / self.history.finite_losses
+        before = avg_loss if self.history.finite_losses else 0.0
+        self.history.finite_losses += self.weight
+        return before + (float(loss) - before) * self.weight / self.history.finite_losses
 
     def on_stage_start(self, stage, epoch=None):
         """Start the clock of a training epoch."""
