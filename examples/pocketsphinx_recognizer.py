@@ -1,0 +1,41 @@
+"""Your own recogniser: PocketSphinx, an engine of the years before neural networks.
+
+    pip install pocketsphinx
+    PYTHONPATH=examples python recipes/evaluate.py hparams/evaluate.yaml --run noisy \\
+        --recognizers "[!new:pocketsphinx_recognizer.PocketSphinx]"
+
+A recogniser is anything with ``name``, ``unit`` and ``recognizer(wavs, lengths) -> [text]``.
+This one has no part of any training here and is easily led astray by noise: a second opinion.
+"""
+
+import re
+
+import pocketsphinx
+
+
+class PocketSphinx:
+    """American English, with the models that the package brings along.
+
+    Attributes
+    ----------
+    name : str
+        Under which its scores are kept.
+    unit : str
+        What a text is made of: ``word``.
+    """
+
+    name, unit = "pocketsphinx", "word"
+
+    def __call__(self, wavs, lengths=None):
+        """Transcribe wavs [B, T] at 16 kHz of lengths [B] samples."""
+        texts = []
+        for wav, length in zip(wavs, lengths.tolist()):
+            samples = (wav[:length].cpu().clamp(-1, 1) * 32767).short().numpy()
+            decoder = pocketsphinx.Decoder(samprate=16000, loglevel="FATAL")  # adapts to a speaker
+            decoder.start_utt()
+            decoder.process_raw(samples.tobytes(), full_utt=True)
+            decoder.end_utt()
+            heard = decoder.hyp()
+            # "read(2)" is the second way to say "read"
+            texts.append(re.sub(r"\(\d+\)", "", heard.hypstr) if heard else "")
+        return texts
