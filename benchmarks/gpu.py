@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from pi_finetune.files import write_text
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PEERS = ("maghoumi", "bgu", "ddtw", "pysdtw")
+PEERS = ("maghoumi", "bgu", "ddtw", "pysdtw", "nzxyin", "torchsoftdtw")
 
 
 def steps(output):
@@ -32,11 +32,12 @@ def steps(output):
     return [
         ("tests", ["-m", "pytest", "-q", "-m", "gpu", "tests/soft_dtw/test_gpu.py"], 150),
         ("kernels", ["benchmarks/soft_dtw.py", "--device", "cuda", "--against", *PEERS,
-                     "--json", str(output / "soft_dtw.json")], 120),
+                     "--json", str(output / "soft_dtw.json"),
+                     "--csv", str(output / "soft_dtw.csv")], 120),
         ("train step, float32", [*step, "--precision", "fp32"], 60),
         ("train step, bfloat16", [*step, "--precision", "bf16"], 60),
-        ("100 updates", ["recipes/train.py", "hparams/soft_dtw.yaml", "--data_folder", "mini",
-                         "--noise_folder", "noise", "--results_folder", str(run),
+        ("100 updates", ["recipes/train.py", "hparams/soft_dtw.yaml",
+                         "--results_folder", str(run),
                          "--updates", "100", "--device", "cuda"], 120),
         ("evaluation", ["recipes/evaluate.py", "hparams/evaluate.yaml",
                         "--run", f"[noisy, pretrained, {run}/soft_dtw/1234]"], 90),

@@ -1,16 +1,23 @@
 """Time soft-DTW, forward and backward through the cost to both inputs, beside other libraries.
 
     python benchmarks/soft_dtw.py --shapes S M L --against tslearn pysdtw --json FILE
+    python benchmarks/soft_dtw.py --base HEAD~1 --against --csv benchmarks/results/soft_dtw.csv
 
-All run in one process and take turns, so that what else the machine does falls on all of them;
-compare figures of one run only. "products" is the floor of the usual way to a gradient: the three
-matrix products of a squared Euclidean cost (x y', E y and E' x) and nothing else. Others are given
-the same cost through one product, where their own would materialise [B, N, M, D]. The gradient
-error is that of the first pair's gradient for x, relative to its largest entry, against float64.
+All take turns in one run, so that what else the machine does falls on all of them; compare figures
+of one run only. Nothing is timed before its value and gradient pass: ours has to, another library
+is left out with its error. ``--base`` adds an older revision of this project, in a process of
+its own from a throw-away worktree. "products" is the floor of the usual way to a gradient: the
+three matrix products of a squared Euclidean cost (x y', E y and E' x) and nothing else. Others are
+given the same cost through one product, where their own would materialise [B, N, M, D]. The
+gradient error is that of the first pair's gradient for x, relative to its largest entry, against
+float64.
 """
 
 import argparse
+import contextlib
+import csv
 import ctypes
+import datetime
 import gc
 import importlib.metadata
 import json
@@ -18,15 +25,21 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+# A process that times an older revision is told where that is.
+sys.path.insert(
+    0, os.environ.get("SOFT_DTW_ROOT", str(pathlib.Path(__file__).resolve().parents[1]))
+)
 
 from pi_finetune.soft_dtw import soft_dtw
 
+PROJECT = pathlib.Path(__file__).resolve().parents[1]
 SHAPES = {"S": (8, 150, 150, 768), "M": (8, 500, 450, 768), "L": (16, 1000, 900, 768)}
 
 
@@ -75,13 +88,30 @@ def ddtw(gamma):
     return lambda x, y: loss(C=squared_distances(x, y)) * len(x)  # it returns the mean
 
 
+def nzxyin(gamma):
+    from softdtw_cuda import SoftDTW  # github.com/nzxyin/sdtw-cuda-torch
+
+    # Its own advice for as many dimensions as speech representations have.
+    return SoftDTW(gamma=gamma, fused=False)
+
+
+def torchsoftdtw(gamma):
+    from torchsoftdtw import soft_dtw  # github.com/angelo-ortiz/torchsoftdtw
+
+    return lambda x, y: soft_dtw(squared_distances(x, y), gamma=gamma)
+
+
 OURS = {f"pi_finetune ({name})": ours(name) for name in ("cpu", "triton", "reference")}
-PEERS = {f.__name__: f for f in (tslearn, pysdtw, maghoumi, bgu, ddtw)}
+PEERS = {f.__name__: f for f in (tslearn, pysdtw, maghoumi, bgu, ddtw, nzxyin, torchsoftdtw)}
 PACKAGES = {"maghoumi": "dtw_loss_functions", "bgu": "dtw_loss_functions"}
 
 
 # --------------------------------------------------------------------------------------------------
 # Measuring
+
+#: Relative error in float32 that a value and a gradient may have. Peers that clamp or lose digits
+#: by subtraction have errors of 1e-3; what is wrong is wrong by much more.
+TOLERANCE = 1e-2
 
 
 def synchronise(device):
@@ -113,53 +143,135 @@ def status(field):
     return int(text.split(f"{field}:")[1].split()[0])
 
 
-def exact_gradient(x, y, gamma):
-    """Gradient for x [N, D] of one pair, in float64 by the reference."""
+def exact(x, y, gamma):
+    """Value, and gradient for x [N, D], of one pair in float64 by the reference."""
     x, y = x[None].double().cpu().requires_grad_(), y[None].double().cpu()
-    return torch.autograd.grad(soft_dtw(x, y, gamma=gamma, backend="reference"), x)[0][0]
+    value = soft_dtw(x, y, gamma=gamma, backend="reference")
+    return value.item(), torch.autograd.grad(value, x)[0][0]
 
 
-def measure(names, shape, gamma, repeats, device):
-    B, N, M, D = shape
-    torch.manual_seed(0)
-    x = torch.nn.functional.normalize(torch.randn(B, N, D), dim=-1).to(device).requires_grad_()
-    y = torch.nn.functional.normalize(torch.randn(B, M, D), dim=-1).to(device).requires_grad_()
-    e = torch.rand(B, N, M, device=device)
-    exact = exact_gradient(x.detach()[0], y.detach()[0], gamma)
+class Case:
+    """The inputs of a shape, the same in every process, and what is timed on them."""
 
-    def products():
+    def __init__(self, shape, gamma, device):
+        B, N, M, D = shape
+        torch.manual_seed(0)
+        self.gamma, self.device = gamma, device
+        x, y = torch.randn(B, N, D), torch.randn(B, M, D)
+        self.x, self.y = (
+            torch.nn.functional.normalize(side, dim=-1).to(device).requires_grad_()
+            for side in (x, y)
+        )
+        self.e = torch.rand(B, N, M, device=device)
+
+    def products(self):
+        x, y, e = self.x, self.y, self.e
         with torch.no_grad():
             torch.bmm(x, y.transpose(1, 2)), torch.bmm(e, y), torch.bmm(e.transpose(1, 2), x)
 
-    def run(loss):
+    def prepare(self, name):
+        """The call of an implementation, compiled, checked and with its errors and memory."""
+        if name == "products":
+            return self.products, {"memory_mb": peak_memory(self.device, self.products)}
+        loss = {**OURS, **PEERS}[name](self.gamma)
+
         def call():
-            x.grad = y.grad = None
-            loss(x, y).sum().backward()
+            self.x.grad = self.y.grad = None
+            losses = loss(self.x, self.y)
+            losses.sum().backward()
+            return losses
 
-        return call
+        value, gradient = exact(self.x.detach()[0], self.y.detach()[0], self.gamma)
+        found = call().flatten()[0].item()
+        error = float((self.x.grad[0].double().cpu() - gradient).abs().max() / gradient.abs().max())
+        if not error < TOLERANCE or not abs(found - value) < TOLERANCE * abs(value):
+            raise ValueError(
+                f"value {found:.6g} instead of {value:.6g}, gradient off by {error:.1e}: not timed"
+            )
+        return call, {"memory_mb": peak_memory(self.device, call), "gradient_error": error}
 
-    calls, rows = {"products": products}, {}
-    for name in names:
+    def time(self, call):
+        """Milliseconds of one call."""
+        synchronise(self.device)
+        start = time.perf_counter()
+        call()
+        synchronise(self.device)
+        return (time.perf_counter() - start) * 1e3
+
+
+class Other:
+    """A process that runs this file with the package of another folder, one call at a time."""
+
+    def __init__(self, root, threads):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", "--threads", str(threads)],
+            env={**os.environ, "SOFT_DTW_ROOT": str(root)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **what):
+        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline() or '{"error": "it died"}')
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+
+def serve():
+    """Answer the questions of another process, a line of JSON each."""
+    for line in sys.stdin:
+        asked = json.loads(line)
         try:
-            call = run({**OURS, **PEERS}[name](gamma))
-            call()  # compiles
+            if "shape" in asked:
+                case = Case(asked["shape"], asked["gamma"], torch.device(asked["device"]))
+                call, answer = case.prepare(asked["name"])
+            else:
+                answer = {"ms": case.time(call)}
         except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+@contextlib.contextmanager
+def revision(name, threads):
+    """A process of an older revision, from a worktree that is removed at the end."""
+    git = ["git", "-C", str(PROJECT)]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*git, "worktree", "add", "--quiet", "--detach", folder, name], check=True)
+        other = Other(folder, threads)
+        try:
+            yield other
+        finally:
+            other.process.stdin.close()
+            other.process.wait(30)
+            subprocess.run([*git, "worktree", "remove", "--force", folder], check=True)
+
+
+def measure(names, shape, gamma, repeats, device, base=None):
+    """Rows by name; ``base`` is a pair of a name and an :class:`Other`, timed in turn with them."""
+    case, timed, rows = Case(shape, gamma, device), {}, {}
+    for name in ("products", *names):
+        try:
+            call, rows[name] = case.prepare(name)
+        except Exception as error:
+            if name in OURS:
+                raise
             print(f"{name}: left out, {type(error).__name__}: {error}"[:300], file=sys.stderr)
             continue
-        calls[name] = call
-    for name, call in calls.items():
-        x.grad = y.grad = None
-        rows[name] = {"memory_mb": peak_memory(device, call), "times": []}
-        if name != "products":
-            error = (x.grad[0].double().cpu() - exact).abs().max() / exact.abs().max()
-            rows[name]["gradient_error"] = float(error)
+        timed[name] = lambda call=call: case.time(call)
+    if base is not None:
+        name, other = base
+        asked = {"name": names[0], "shape": shape, "gamma": gamma, "device": str(device)}
+        rows[name] = other.ask(**asked)
+        timed[name] = lambda: other.ask()["ms"]
+    for row in rows.values():
+        row["times"] = []
     for _ in range(repeats):
-        for name, call in calls.items():
-            synchronise(device)
-            start = time.perf_counter()
-            call()
-            synchronise(device)
-            rows[name]["times"].append((time.perf_counter() - start) * 1e3)
+        for name, milliseconds in timed.items():
+            rows[name]["times"].append(milliseconds())
     return rows
 
 
@@ -196,6 +308,34 @@ def versions(names):
     return found
 
 
+def append(path, result):
+    """Add a row of each measurement to a CSV, which is made if it is not there."""
+    git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
+    common = {
+        "date": datetime.date.today().isoformat(),
+        "revision": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "device": result["device"],
+        "threads": result["threads"],
+        "versions": " ".join(f"{k}={v}" for k, v in result["versions"].items()),
+        "gamma": result["gamma"],
+        "repeats": result["repeats"],
+    }
+    columns = "name median_ms quartile_1_ms quartile_3_ms to_products memory_mb gradient_error"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*common, "shape", "load", *columns.split()])
+        if new:
+            writer.writeheader()
+        for part in result["shapes"].values():
+            shape = ",".join(map(str, part["B, N, M, D"]))
+            for row in part["results"]:
+                low, high = row.pop("quartiles_ms")
+                where = {"shape": shape, "load": part["load_before"]}
+                quartiles = {"quartile_1_ms": low, "quartile_3_ms": high}
+                writer.writerow({**common, **where, **quartiles, **row})
+
+
 def show(result):
     """Print a results file as it was printed when it was made."""
     print(f"{result['device']}, {result['threads']} threads, gamma {result['gamma']}, ", end="")
@@ -230,12 +370,17 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--reference", action="store_true", help="also time the plain reference")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
+    parser.add_argument("--csv", type=pathlib.Path, help="add rows of the results to this")
+    parser.add_argument("--base", metavar="REV", help="also time this revision of the project")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--show", type=pathlib.Path, help="print a results file and run nothing")
     arguments = parser.parse_args()
     if arguments.show:
         return show(json.loads(arguments.show.read_text()))
 
     torch.set_num_threads(arguments.threads)
+    if arguments.serve:
+        return serve()
     device = torch.device(arguments.device)
     names = ["pi_finetune (triton)" if device.type == "cuda" else "pi_finetune (cpu)"]
     names += ["pi_finetune (reference)"] * arguments.reference + arguments.against
@@ -249,16 +394,23 @@ def main():
         "shapes": {},
     }
     show(result)
-    for label in arguments.shapes:
-        shape = SHAPES.get(label) or tuple(map(int, label.split(",")))
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        rows = list(summary(measure(names, shape, arguments.gamma, arguments.repeats, device)))
-        part = {"B, N, M, D": shape, "load_before": load, "results": rows}
-        result["shapes"][label] = part
-        show_shape(label, part)
+    with contextlib.ExitStack() as stack:
+        base = None
+        if arguments.base:
+            other = stack.enter_context(revision(arguments.base, arguments.threads))
+            base = (f"pi_finetune at {arguments.base}", other)
+        for label in arguments.shapes:
+            shape = SHAPES.get(label) or tuple(map(int, label.split(",")))
+            load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+            rows = measure(names, shape, arguments.gamma, arguments.repeats, device, base)
+            part = {"B, N, M, D": shape, "load_before": load, "results": list(summary(rows))}
+            result["shapes"][label] = part
+            show_shape(label, part)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.csv:
+        append(arguments.csv, result)
 
 
 if __name__ == "__main__":

@@ -72,8 +72,9 @@ class Clock:
 class Ours:
     """One step of a strategy's YAML, stage by stage as RepresentationObjective does it."""
 
-    def __init__(self, name, options, teacher, device):
+    def __init__(self, name, options, teacher, device, precision="fp32"):
         strategy, overrides = name, {"strategy": name, "asr_source": None, **options}
+        overrides["select_by"] = "objective"  # the others need a recogniser, or time
         hparams, _ = load_hparams(ROOT / "hparams" / f"{strategy}.yaml", overrides)
         self.data = build(hparams["train_data"])
         self.enhancer = load_weights(hparams["enhancer"], hparams["enhancer_weights"])
@@ -83,7 +84,7 @@ class Ours:
         self.objective.teacher = teacher
         self.max_grad_norm = hparams["max_grad_norm"]
         self.seed = hparams["seed"]
-        self.device = device
+        self.device, self.precision = device, precision
 
     def compare(self, clock, enhanced, clean, ids):
         rngs = [utterance_rng(self.seed, 0, key, "perturbation") for key in ids]
@@ -102,9 +103,11 @@ class Ours:
 
     def work(self, clock, keys, noisy, clean):
         """All of a step but the loading."""
-        enhanced = self.enhancer(noisy)
-        clock("enhancer")
-        loss = self.compare(clock, enhanced, clean, keys)
+        device = torch.device(self.device).type
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
+            enhanced = self.enhancer(noisy)
+            clock("enhancer")
+            loss = self.compare(clock, enhanced, clean, keys)
         clock("distance")
         loss.backward()
         clock("backward")
@@ -118,8 +121,8 @@ class Ours:
 class Plain(Ours):
     """The same step with SpeechBrain's teacher: unfrozen, so that a gradient gets through."""
 
-    def __init__(self, options, teacher, device):
-        super().__init__("mse", options, None, device)
+    def __init__(self, options, teacher, device, precision):
+        super().__init__("mse", options, None, device, precision)
         self.teacher = (
             HuBERT(teacher, "", freeze=False).to(device).float().eval().requires_grad_(False)
         )
@@ -151,9 +154,9 @@ def measure(arguments, folder):
     first = Ours("mse", options, None, device)
     teacher = Teacher(source).to(device)
     variants = {
-        name: Plain(options, source, device)
+        name: Plain(options, source, device, arguments.precision)
         if name == "speechbrain_mse"
-        else Ours(name, options, teacher, device)
+        else Ours(name, options, teacher, device, arguments.precision)
         for name in arguments.variants
     }
     ids = list(range(arguments.batch_size))
@@ -235,6 +238,7 @@ def parse(argv):
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument(
         "--cpu_time",
         action="store_true",
@@ -275,6 +279,7 @@ def main(argv=None):
                 "threads": arguments.threads,
                 "clock": "processor seconds" if arguments.cpu_time else "seconds",
                 "device": arguments.device,
+                "precision": arguments.precision,
             },
             "machine": {
                 "processor": platform.processor() or platform.machine(),

@@ -1,19 +1,50 @@
 """The benchmark runs; what it takes for exact is the gradient of ours."""
 
+import csv
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_benchmark_of_the_readme_on_a_small_shape(tmp_path):
+    # beside the last commit, where this is a checkout
+    base = ["--base", "HEAD"] if (ROOT / ".git").exists() else []
     command = [sys.executable, "benchmarks/soft_dtw.py", "--shapes", "2,40,36,8", "--against"]
     command += ["--device", "cpu", "--repeats", "2", "--json", tmp_path / "rows.json"]
+    command += ["--csv", tmp_path / "rows.csv", *base]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pi_finetune (cpu)" in done.stdout
     results = json.loads((tmp_path / "rows.json").read_text())["shapes"]["2,40,36,8"]["results"]
-    assert [row["name"] for row in results] == ["products", "pi_finetune (cpu)"]
-    assert results[1]["gradient_error"] < 1e-5
+    names = ["products", "pi_finetune (cpu)", *["pi_finetune at HEAD"] * bool(base)]
+    assert [row["name"] for row in results] == names
+    assert all(row["gradient_error"] < 1e-5 for row in results[1:])
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == names
+    assert all(float(row["median_ms"]) > 0 and row["shape"] == "2,40,36,8" for row in rows)
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks/soft_dtw.py")
+    bench = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec.loader.exec_module(bench)
+
+    def nearly(gamma):
+        return lambda x, y: 1.05 * bench.soft_dtw(x, y, gamma=gamma)
+
+    monkeypatch.setitem(bench.PEERS, "nearly", nearly)
+    case = ("nearly",), (2, 20, 18, 4), 0.1, 2, torch.device("cpu")
+    assert list(bench.measure(*case)) == ["products"]
+    assert "nearly: left out" in capsys.readouterr().err
+    monkeypatch.setitem(bench.OURS, "nearly", nearly)
+    with pytest.raises(ValueError, match="not timed"):
+        bench.measure(*case)
