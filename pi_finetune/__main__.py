@@ -98,11 +98,12 @@ PACKAGES = {
     "matplotlib": "pip install matplotlib: reports need it",
     "submitit": "pip install submitit: ablations need it",
     "gruut": "pip install gruut: phoneme recognition needs it",
+    "speechmos": "pip install 'pi_finetune[metrics]': DNSMOS needs it, librosa and onnxruntime",
     "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",
 }
 #: Those whose libraries may not fit the machine or torch: they are imported to see.
 BINARY = ("torch", "torchaudio", "soundfile", "numba", "pesq")
-OPTIONAL = {"triton", "gruut", "onnxscript"}
+OPTIONAL = {"triton", "gruut", "speechmos", "onnxscript"}
 
 
 def parser():

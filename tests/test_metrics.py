@@ -1,5 +1,6 @@
 """Scores against values worked out by hand, and everything that cannot be scored."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi_finetune.results import metrics
+from pi_finetune.errors import UserError
+from pi_finetune.results import declarations, metrics
 
 RATE = metrics.SAMPLE_RATE
+DNSMOS = ("dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl", "dnsmos_p808")
 
 
 @pytest.fixture
@@ -131,6 +134,45 @@ def test_unequal_lengths_are_an_error(speech):
             score(speech, speech[:-1])
         with pytest.raises(ValueError, match="one length"):
             score(speech[None], speech[None])
+
+
+def test_without_a_reference_what_needs_one_is_none(speech):
+    scores = metrics.signal_scores(None, speech, ("si_sdr", "dnsmos_ovrl", "pesq"))
+    assert list(scores) == ["si_sdr", "dnsmos_ovrl", "pesq"]
+    assert scores["si_sdr"] is None and scores["pesq"] is None and scores["dnsmos_ovrl"] > 0
+    assert declarations.CHOICES["pesq"].needs_reference
+    assert not declarations.CHOICES["dnsmos_ovrl"].needs_reference
+    with pytest.raises(ValueError, match="no metric of waveforms: wer"):
+        metrics.signal_scores(speech, speech, ("pesq", "wer"))
+
+
+def test_dnsmos_is_that_of_speechmos(speech):
+    from speechmos import dnsmos
+
+    for signal in (noisy(speech, 10), np.tile(noisy(speech, 0), 6)):  # shorter and longer than 9 s
+        signal = signal / np.abs(signal).max()
+        original = dnsmos.run(signal, RATE)
+        scores = metrics.signal_scores(None, signal, DNSMOS)
+        for name in DNSMOS:
+            key = name.removeprefix("dnsmos_") + "_mos"
+            assert scores[name] == pytest.approx(original[key], abs=1e-5)
+    # what is over full scale, which speechmos refuses, is scaled down
+    loud = metrics.signal_scores(None, 3 * signal, DNSMOS)
+    assert loud == pytest.approx(scores, abs=1e-5)
+    silent = metrics.signal_scores(None, np.zeros(RATE), DNSMOS)
+    assert silent == dict.fromkeys(DNSMOS)
+
+
+def test_a_metric_without_its_package_names_the_extra(monkeypatch):
+    declarations.check_metrics(["pesq", "cer", *DNSMOS])
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "speechmos" else find(name)
+    )
+    with pytest.raises(UserError, match=r"dnsmos_bak needs speechmos.*pi_finetune\[metrics\]"):
+        declarations.check_metrics(["pesq", "dnsmos_bak"])
+    with pytest.raises(UserError, match="no 'dnsmos_ovr'"):
+        declarations.check_metrics(["dnsmos_ovr"])
 
 
 def test_workers_give_the_same_scores_in_order(speech):

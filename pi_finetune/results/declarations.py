@@ -3,7 +3,11 @@
 What computes them is in :mod:`pi_finetune.results.metrics`.
 """
 
+import importlib.util
 from dataclasses import dataclass
+
+from pi_finetune.errors import UserError
+from pi_finetune.settings import check_choice
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class Metric:
         Whose it is.
     names_recognizer : bool
         Whether the label does. Default: False.
+    packages : tuple of str
+        What it needs beside the packages of every installation; the extra ``metrics`` brings them.
+    model : str, optional
+        Key of ``evaluate.yaml`` that says by which model it is measured. Default: by none.
     """
 
     name: str
@@ -48,6 +56,13 @@ class Metric:
     margin_is_relative: bool = False
     recognizer: str | None = None
     names_recognizer: bool = False
+    packages: tuple[str, ...] = ()
+    model: str | None = None
+
+    @property
+    def needs_reference(self):
+        """Whether clean speech is needed: real recordings have none."""
+        return self.reference == "clean"
 
     @property
     def label(self):
@@ -84,16 +99,59 @@ NLL = Metric(
     "a character or a phoneme",
     margin=0.02, margin_is_relative=True,
 )  # fmt: skip
-#: What compares the enhanced with the clean waveform.
+CER = Metric(
+    "cer", "CER", "%", False, 2, "transcript",
+    "character errors over reference characters, blanks among them, after the normalisation of WER",
+)  # fmt: skip
+#: Those of every evaluation and validation: what compares the enhanced with the clean waveform.
 SIGNAL_METRICS = (
     Metric("pesq", "PESQ", "", True, 3, "clean", "wide-band MOS-LQO, ITU-T P.862.2 (2007)"),
     Metric("stoi", "STOI", "", True, 4, "clean", "Taal et al., IEEE TASLP 19(7), 2011"),
     Metric("estoi", "ESTOI", "", True, 4, "clean", "Jensen & Taal, IEEE/ACM TASLP 24(11), 2016"),
     Metric("si_sdr", "SI-SDR", "dB", True, 2, "clean", "Le Roux et al., ICASSP 2019"),
 )
-METRICS = (WER, PER, NLL, *SIGNAL_METRICS)
+_DNSMOS = ("speechmos", "librosa", "onnxruntime", "requests")
+_P835 = "Reddy et al., DNSMOS P.835, ICASSP 2022"
+#: What else waveforms alone give, if it is asked for.
+WAVEFORM_METRICS = (
+    *SIGNAL_METRICS,
+    Metric("dnsmos_sig", "DNSMOS SIG", "", True, 3, None, _P835, packages=_DNSMOS),
+    Metric("dnsmos_bak", "DNSMOS BAK", "", True, 3, None, _P835, packages=_DNSMOS),
+    Metric("dnsmos_ovrl", "DNSMOS OVRL", "", True, 3, None, _P835, packages=_DNSMOS),
+    Metric(
+        "dnsmos_p808", "DNSMOS P.808", "", True, 3, None, "Reddy et al., DNSMOS, ICASSP 2021",
+        packages=_DNSMOS,
+    ),
+)  # fmt: skip
+METRICS = (WER, PER, CER, NLL, *WAVEFORM_METRICS)
+#: What ``metrics`` of ``evaluate.yaml`` may name: a recogniser's WER and likelihood are there if it
+#: is.
+CHOICES = {metric.name: metric for metric in (CER, *WAVEFORM_METRICS)}
 
 
 def higher_is_better(score):
     """The direction of a score by its name; what is no declared metric is a loss, and lower is."""
     return any(metric.higher_is_better for metric in METRICS if metric.name == score)
+
+
+def check_metrics(names):
+    """See whether an installation can compute some metrics.
+
+    Arguments
+    ---------
+    names : sequence of str
+        Of ``CHOICES``.
+
+    Raises
+    ------
+    UserError
+        One is not known, or lacks a package.
+    """
+    for name in names:
+        check_choice("metrics", name, CHOICES)
+        lacking = [p for p in CHOICES[name].packages if importlib.util.find_spec(p) is None]
+        if lacking:
+            raise UserError(
+                f"metrics: {name} needs {' and '.join(lacking)}, not installed here. The extra "
+                "metrics brings them: pip install 'pi_finetune[metrics]'."
+            )

@@ -8,12 +8,13 @@ is None: it is to be counted, never replaced by a number.
 import functools
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 from pesq import pesq
 from pystoi import stoi as pystoi
 
-from pi_finetune.results.declarations import NLL, SIGNAL_METRICS, WER
+from pi_finetune.results.declarations import NLL, SIGNAL_METRICS, WAVEFORM_METRICS, WER
 
 SAMPLE_RATE = 16000
 #: Peak (after removing the mean) under which a signal counts as silent: -120 dBFS.
@@ -24,7 +25,7 @@ PESQ_SECONDS = 19.0
 #: STOI compares 30 frames of 256 samples, hop 128, at 10 kHz.
 STOI_SECONDS = (29 * 128 + 256) / 10000
 
-#: Names of what :func:`signal_scores` computes.
+#: Names of what :func:`signal_scores` computes unless it is asked for others.
 SIGNAL_SCORES = tuple(metric.name for metric in SIGNAL_METRICS)
 #: What can choose the best model and the best learning rate on dev speech; these need transcripts.
 TEXT_SCORES = (WER.name, NLL.name)
@@ -134,17 +135,103 @@ def _energy(wav):
     return np.sum(wav * wav)
 
 
-def signal_scores(reference, estimate):
-    """All signal scores of one utterance: ``{"pesq", "stoi", "estoi", "si_sdr"}``.
+@functools.cache
+def _dnsmos():
+    """The models of ``speechmos``, on one thread: utterances are scored side by side."""
+    from onnxruntime import InferenceSession, SessionOptions
+    from speechmos import dnsmos
 
-    Arguments and errors as :func:`pesq_wb`.
+    options = SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    folder = Path(dnsmos.__file__).parent / "dnsmos_models"
+    model = dnsmos.DNSMOS.__new__(dnsmos.DNSMOS)  # its own sessions take all threads there are
+    model.onnx_sess = InferenceSession(folder / "sig_bak_ovr.onnx", options)
+    model.p808_onnx_sess = InferenceSession(folder / "model_v8.onnx", options)
+    return model
+
+
+def dnsmos(estimate):
+    """DNSMOS, a model of listeners' opinions, 1 to 5, higher is better; no reference is needed.
+
+    By ``speechmos``: means over windows of 9 s, a shorter signal being repeated. A signal over
+    full scale is scaled down to it.
+
+    Arguments
+    ---------
+    estimate : np.ndarray
+        Waveform [T], 16 kHz.
+
+    Returns
+    -------
+    dict
+        ``dnsmos_sig``, ``dnsmos_bak`` and ``dnsmos_ovrl`` (speech, background and overall quality
+        after ITU-T P.835; Reddy et al. 2022) and ``dnsmos_p808`` (Reddy et al. 2021). All are None
+        for a silent or non-finite signal.
     """
-    return {
-        "pesq": pesq_wb(reference, estimate),
-        "stoi": stoi(reference, estimate),
-        "estoi": estoi(reference, estimate),
-        "si_sdr": si_sdr(reference, estimate),
+    names = {
+        "dnsmos_sig": "sig_mos",
+        "dnsmos_bak": "bak_mos",
+        "dnsmos_ovrl": "ovrl_mos",
+        "dnsmos_p808": "p808_mos",
     }
+    estimate = _waveform(estimate)
+    if not _scorable(estimate):
+        return dict.fromkeys(names)
+    estimate = estimate / max(1.0, np.abs(estimate).max())
+    found = _dnsmos()(estimate, SAMPLE_RATE, False)
+    return {name: float(found[original]) for name, original in names.items()}
+
+
+def signal_scores(reference, estimate, names=SIGNAL_SCORES):
+    """Signal scores of one utterance.
+
+    Arguments
+    ---------
+    reference : np.ndarray or None
+        Clean waveform [T], 16 kHz. None: there is none, and what needs it is None.
+    estimate : np.ndarray
+        Enhanced waveform [T], 16 kHz.
+    names : sequence of str
+        Which: names of ``declarations.WAVEFORM_METRICS``. Default: PESQ, STOI, ESTOI and SI-SDR.
+
+    Returns
+    -------
+    dict
+        ``{name: float or None}``, in the order of ``names``.
+
+    Raises
+    ------
+    ValueError
+        The waveforms are not one-dimensional or differ in length; a name is unknown.
+    """
+    unknown = set(names) - {metric.name for metric in WAVEFORM_METRICS}
+    if unknown:
+        raise ValueError(f"no metric of waveforms: {', '.join(sorted(unknown))}")
+    scores = {}
+    for needed, compute in _COMPUTED:
+        wanted = [name for name in needed if name in names]
+        if not wanted:
+            continue
+        if compute is dnsmos:
+            found = dnsmos(estimate)
+        elif reference is None:
+            found = dict.fromkeys(wanted)
+        else:
+            found = compute(reference, estimate)
+            found = found if isinstance(found, dict) else {wanted[0]: found}
+        scores |= found
+    return {name: scores[name] for name in names}
+
+
+#: What computes which scores; several that share most of their work are computed at once.
+_COMPUTED = (
+    (("pesq",), pesq_wb),
+    (("stoi",), stoi),
+    (("estoi",), estoi),
+    (("si_sdr",), si_sdr),
+    (("dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl", "dnsmos_p808"), dnsmos),
+)
 
 
 def score_batch(references, estimates, workers=1, timeout=600):
@@ -364,6 +451,13 @@ def nll_per_token(records):
     records = [record for record in records if record.get("nll") is not None]
     tokens = sum(record["tokens"] for record in records)
     return sum(record["nll"] for record in records) / tokens if tokens else None
+
+
+def _waveform(signal):
+    signal = np.asarray(signal, np.float64)
+    if signal.ndim != 1:
+        raise ValueError(f"a waveform must be of shape [T], got {list(signal.shape)}")
+    return signal
 
 
 def _pair(reference, estimate):
