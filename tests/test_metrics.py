@@ -106,6 +106,35 @@ def test_stoi_of_little_speech_in_silence_is_none(speech):
     assert metrics.estoi(reference, noisy(reference, 10)) is None
 
 
+@pytest.mark.parametrize("snr", [30, 0, -20])
+def test_stoi_and_estoi_are_those_of_pystoi(speech, snr, monkeypatch):
+    from pystoi import stoi
+
+    pairs = [
+        (speech, noisy(speech, snr)),
+        (1e-3 * np.tile(speech, 3), np.tile(noisy(speech, snr), 3)),  # longer, and soft
+        (np.r_[np.zeros(RATE), speech], noisy(np.r_[np.zeros(RATE), speech], snr)),  # a pause
+        (speech[:14000], noisy(speech[:14000], snr)),  # hardly long enough
+        (speech, np.clip(4 * speech, -0.1, 0.1)),
+    ]
+    for many in (metrics.STOI_SEGMENTS, 7):  # at once, and in pieces
+        monkeypatch.setattr(metrics, "STOI_SEGMENTS", many)
+        for reference, estimate in pairs:
+            found = metrics.intelligibility(reference, estimate)
+            assert found["stoi"] == pytest.approx(stoi(reference, estimate, RATE), abs=1e-9)
+            extended = stoi(reference, estimate, RATE, extended=True)
+            assert found["estoi"] == pytest.approx(extended, abs=1e-9)
+            assert metrics.stoi(reference, estimate) == found["stoi"]
+            assert metrics.estoi(reference, estimate) == found["estoi"]
+
+
+def test_estoi_of_a_pause_in_the_estimate_is_finite(speech):
+    gated = np.where(np.arange(len(speech)) < RATE, 0, speech)
+    found = metrics.intelligibility(speech, gated)
+    assert 0.2 < found["estoi"] < 0.8 and 0.2 < found["stoi"] < 0.8
+    assert found == metrics.intelligibility(speech, gated)
+
+
 def test_estoi_neither_uses_nor_moves_the_global_generator(speech):
     np.random.seed(3)
     first = metrics.estoi(speech, noisy(speech, 0))
@@ -149,7 +178,8 @@ def test_without_a_reference_what_needs_one_is_none(speech):
 def test_dnsmos_is_that_of_speechmos(speech):
     from speechmos import dnsmos
 
-    for signal in (noisy(speech, 10), np.tile(noisy(speech, 0), 6)):  # shorter and longer than 9 s
+    for samples in (5 * RATE, 11 * RATE):  # shorter and longer than its window of 9 s
+        signal = np.resize(noisy(speech, 10), samples)
         signal = signal / np.abs(signal).max()
         original = dnsmos.run(signal, RATE)
         scores = metrics.signal_scores(None, signal, DNSMOS)
