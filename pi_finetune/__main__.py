@@ -97,6 +97,7 @@ PACKAGES = {
     "jiwer": "pip install jiwer",
     "matplotlib": "pip install matplotlib: reports need it",
     "submitit": "pip install submitit: ablations need it",
+    "loky": "pip install loky: evaluation and validation need it",
     "gruut": "pip install gruut: phoneme recognition needs it",
     "speechmos": "pip install 'pi_finetune[metrics]': DNSMOS needs it, librosa and onnxruntime",
     "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",

@@ -181,7 +181,7 @@ SETTINGS = _table(
     max_seconds=(or_null(SECONDS), "longest utterance that is allowed"),
     check_data=(FLAG, "whether all audio is read once before training", IRRELEVANT),
     num_workers=(whole(0), "processes that load data", IRRELEVANT),
-    workers=(or_null(COUNT), "processes", IRRELEVANT),
+    workers=(or_null(whole(0)), "processes", IRRELEVANT),
     # Training
     updates=(COUNT, "steps of the optimiser in all", MAY_CHANGE),
     valid_every=(COUNT, "updates between validations"),

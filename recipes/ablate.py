@@ -19,7 +19,7 @@ from hyperpyyaml.core import recursive_update
 from pi_finetune.ablation import Ablation, run_cells
 from pi_finetune.commands import parse
 from pi_finetune.config import find_hparams, load_hparams
-from pi_finetune.errors import command
+from pi_finetune.errors import UserError, command
 from pi_finetune.files import write_text
 from pi_finetune.recipes.compare import compare
 
@@ -55,6 +55,8 @@ def ablate(experiment="ablation", overrides=None, run_opts=None):
         changes["results_folder"] = str(models)
         hparams, resolved = load_hparams(path, changes)
         with_random_weights(hparams, models / "models")
+    if hparams["workers"] == 0:
+        raise UserError("workers: got 0, needed is a whole number, 1 or more or null (processes).")
     ablation = Ablation(hparams)
     ablation.results.mkdir(parents=True, exist_ok=True)
     write_text(ablation.results / "ablation.yaml", resolved)

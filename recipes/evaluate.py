@@ -75,6 +75,7 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
                 test_set=hparams["test_set"],
                 batch_size=hparams["batch_size"],
                 workers=hparams["workers"],
+                num_workers=hparams["num_workers"],
                 audio_examples=hparams["audio_examples"],
                 overwrite=hparams["overwrite"],
                 device=device,

@@ -96,6 +96,7 @@ def train(corpus, noises, tiny_teacher, pretrained, tmp_path):
             "segment_seconds": 1.0,
             "batch_size": 2,
             "num_workers": 0,
+            "workers": 0,
             "valid_utterances": 2,
             "lr": 0.01,
             "warmup_updates": 0,
@@ -123,7 +124,8 @@ def evaluate(corpus, noises, pretrained, tmp_path, monkeypatch):
             "enhancer_weights": pretrained,
             "data_folder": corpus,
             "noise_folder": noises,
-            "workers": 1,
+            "workers": 0,
+            "num_workers": 0,
             "audio_examples": 2,
             **changes,
         }

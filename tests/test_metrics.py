@@ -1,7 +1,6 @@
 """Scores against values worked out by hand, and everything that cannot be scored."""
 
 import importlib.util
-import json
 import subprocess
 import sys
 
@@ -203,17 +202,6 @@ def test_a_metric_without_its_package_names_the_extra(monkeypatch):
         declarations.check_metrics(["pesq", "dnsmos_bak"])
     with pytest.raises(UserError, match="no 'dnsmos_ovr'"):
         declarations.check_metrics(["dnsmos_ovr"])
-
-
-def test_workers_give_the_same_scores_in_order(speech):
-    references = [speech, speech[::-1].copy(), np.zeros(RATE)]
-    estimates = [noisy(speech, 0), noisy(references[1], 20), np.zeros(RATE)]
-    alone = metrics.score_batch(references, estimates)
-    assert alone[0]["pesq"] < alone[1]["pesq"] and alone[2]["pesq"] is None
-    assert metrics.score_batch(references, estimates, workers=2) == alone
-    json.dumps(alone, allow_nan=False)
-    with pytest.raises(ValueError, match="3 references but 1"):
-        metrics.score_batch(references, estimates[:1])
 
 
 def test_mean_score_counts_what_is_missing():

@@ -220,17 +220,17 @@ def test_an_interrupted_shared_evaluation_continues_in_any_number(evaluate, monk
     whole = evaluate(["pretrained"], batch_size=2, results_folder=tmp_path / "whole")
     expected = (tmp_path / "whole/pretrained/0/scores/test.jsonl").read_text()
     del whole
-    score, calls = metrics.score_batch, []
+    score, calls = metrics.signal_scores, []
 
-    def die(references, estimates, workers):
+    def die(*arguments):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 3:
             os._exit(9)
-        return score(references, estimates, workers)
+        return score(*arguments)
 
     arguments = {"batch_size": 2, "results_folder": tmp_path / "parts"}
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "score_batch", die)
+        patch.setattr(metrics, "signal_scores", die)
         in_processes(lambda: evaluate(["pretrained"], **arguments), codes=(9, 1))
     parts = list((tmp_path / "parts/pretrained/0/scores").glob("*.part"))
     assert sum(len(path.read_text().splitlines()) for path in parts) == 4

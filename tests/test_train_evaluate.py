@@ -253,27 +253,27 @@ def test_an_interrupted_evaluation_continues(evaluate, monkeypatch):
     from pi_finetune.results import metrics
 
     calls = []
-    score = metrics.score_batch
+    score = metrics.signal_scores
 
-    def die(references, estimates, workers):
-        calls.append(len(references))
-        if len(calls) == 3:
+    def die(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
             raise KeyboardInterrupt
-        return score(references, estimates, workers)
+        return score(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "score_batch", die)
+        patch.setattr(metrics, "signal_scores", die)
         with pytest.raises(SystemExit):
             evaluate(["noisy"], batch_size=2)
     calls.clear()
 
-    def count(references, estimates, workers):
-        calls.append(len(references))
-        return score(references, estimates, workers)
+    def count(*arguments):
+        calls.append(1)
+        return score(*arguments)
 
-    monkeypatch.setattr(metrics, "score_batch", count)
+    monkeypatch.setattr(metrics, "signal_scores", count)
     results = evaluate(["noisy"], batch_size=2)
-    assert calls == [2]  # four of six were there
+    assert len(calls) == 2  # four of six were there
     assert len({record["id"] for record in scores(results / "noisy/0")}) == 6
     assert not list((results / "noisy/0/scores").glob("*.part"))
 
@@ -296,7 +296,7 @@ def test_scores_of_a_run_that_still_trains_are_filed_under_the_weights_that_made
     run = tmp_path / "results" / "mse" / "1"
     enhancer = load_enhancer(pretrained)
     save_enhancer(run, enhancer)
-    score = metrics.score_batch
+    score = metrics.signal_scores
 
     def train_on(*arguments):
         with torch.no_grad():
@@ -306,7 +306,7 @@ def test_scores_of_a_run_that_still_trains_are_filed_under_the_weights_that_made
         return score(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "score_batch", train_on)
+        patch.setattr(metrics, "signal_scores", train_on)
         evaluate(["noisy", str(run)], batch_size=6)
     before = scores(run)
     with pytest.raises(SystemExit):
@@ -315,6 +315,23 @@ def test_scores_of_a_run_that_still_trains_are_filed_under_the_weights_that_made
     evaluate([str(run)], overwrite=True)
     assert scores(run) != before
     evaluate([str(run)])  # and nothing more to be done
+
+
+def test_processes_change_no_line(evaluate, tmp_path):
+    alone = scores(evaluate(["pretrained"], batch_size=2) / "pretrained/0")
+    many = {"workers": 2, "num_workers": 1, "batch_size": 2, "results_folder": tmp_path / "many"}
+    evaluate(["pretrained"], **many)
+    assert scores(tmp_path / "many/pretrained/0") == alone
+
+
+def test_validation_on_processes_is_that_of_one(train, tmp_path):
+    records = [
+        validations(train("mse", results=f"results{workers}", workers=workers))
+        for workers in (0, 1)
+    ]
+    for one, other in zip(*records, strict=True):
+        one, other = ({k: v for k, v in r.items() if k != "seconds"} for r in (one, other))
+        assert one == other
 
 
 def test_lines_say_recording_and_speaker(evaluate):

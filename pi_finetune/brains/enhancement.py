@@ -13,6 +13,7 @@ from pi_finetune.errors import UserError
 from pi_finetune.recognizers import gives_likelihood, likelihoods
 from pi_finetune.results import metrics
 from pi_finetune.results.declarations import higher_is_better
+from pi_finetune.results.pool import ScorePool
 from pi_finetune.seeding import perturbation_rngs
 
 logger = sb.utils.logger.get_logger(__name__)
@@ -22,7 +23,8 @@ class EnhancementBrain(UpdateBrain):
     """Fine-tunes ``modules.enhancer`` by ``modules.objective``.
 
     From YAML it uses, besides what :class:`UpdateBrain` does: ``data_seed, wer_every, recognizers,
-    select_by, log_examples, validation_callbacks``. A callback is called with the first batch of
+    select_by, log_examples, validation_callbacks`` and, if it is there, ``workers``: processes that
+    compute PESQ and the like while the model goes on. A callback is called with the first batch of
     each validation, ``callback(objective, enhanced [B, T], clean [B, T], lengths [B], ids) ->
     dict``; what it returns is logged with the scores.
     """
@@ -33,6 +35,7 @@ class EnhancementBrain(UpdateBrain):
         callbacks = self.hparams.validation_callbacks or []
         self.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         settings.check_choice("select_by", self.hparams.select_by, metrics.DEV_SCORES)
+        self.pool = ScorePool(getattr(self.hparams, "workers", 0))
         self.recognizer = next(iter(self.hparams.recognizers), None)
         if self.hparams.select_by == "wer" and self.recognizer is None:
             raise UserError("select_by: wer needs a recogniser; set asr_source or select_by.")
@@ -57,6 +60,16 @@ class EnhancementBrain(UpdateBrain):
                 "or set select_by to objective, say."
             )
         return super().make_valid_loader(dataset, **loader_kwargs)
+
+    def fit(self, *args, **kwargs):
+        """As :class:`UpdateBrain`'s; an error ends the processes that compute scores."""
+        with self.pool:
+            super().fit(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """As SpeechBrain's; an error ends the processes that compute scores."""
+        with self.pool:
+            return super().evaluate(*args, **kwargs)
 
     def compute_forward(self, batch, stage):
         """Enhance the noisy waveforms, to ``Waveforms`` of the same lengths."""
@@ -92,19 +105,20 @@ class EnhancementBrain(UpdateBrain):
         )
 
     def _score(self, enhanced, batch, losses):
+        wavs = {"noisy": batch.noisy, "enhanced": enhanced, "clean": batch.clean}
+        wavs = {kind: each.to("cpu", torch.float32).items() for kind, each in wavs.items()}
+        waiting = []
+        for i, utterance in enumerate(batch.id):
+            own = {kind: rows[i].numpy() for kind, rows in wavs.items()}
+            if len(self.examples) < self.hparams.log_examples:
+                self.examples[utterance] = own
+            waiting.append(self.pool.submit(utterance, own["clean"], own["enhanced"]))
         texts = [None] * len(enhanced)
         if self.with_wer:
             texts = self.recognizer(enhanced.data, enhanced.lengths)
         nlls = likelihoods(self.recognizer, enhanced.data, enhanced.lengths, batch.text)
-        wavs = {"noisy": batch.noisy, "enhanced": enhanced, "clean": batch.clean}
-        wavs = {kind: each.to("cpu", torch.float32).items() for kind, each in wavs.items()}
-        for i in range(len(enhanced)):
-            own = {kind: rows[i].numpy() for kind, rows in wavs.items()}
-            if len(self.examples) < self.hparams.log_examples:
-                self.examples[batch.id[i]] = own
-            score = metrics.signal_scores(own["clean"], own["enhanced"])
-            score["objective"] = float(losses[i])
-            score["likelihood"] = nlls[i]
+        for i, signal in enumerate(waiting):
+            score = {"signal": signal, "objective": float(losses[i]), "likelihood": nlls[i]}
             if self.with_wer and batch.text[i] is not None:
                 score["words"] = metrics.recognition_errors(
                     self.recognizer, batch.text[i], texts[i]
@@ -117,6 +131,7 @@ class EnhancementBrain(UpdateBrain):
         if stage == sb.Stage.TRAIN:
             self.train_objective = float(stage_loss)
             return
+        self.scores = [{**score.pop("signal").result(), **score} for score in self.scores]
         self.scores = gather_in_turn(self.scores)
         scores = self._summary()
         if stage == sb.Stage.TEST:

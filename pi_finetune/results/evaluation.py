@@ -1,5 +1,6 @@
 """Scoring of one system on one test set: a JSON line per utterance, resumable."""
 
+import collections
 import glob
 import hashlib
 import json
@@ -19,6 +20,7 @@ from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
 from pi_finetune.recognizers import likelihoods, load_recognizer
 from pi_finetune.results import metrics
+from pi_finetune.results.pool import ScorePool
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ def evaluate_system(
     recognizers,
     test_set="test",
     batch_size=4,
-    workers=1,
+    workers=0,
+    num_workers=0,
     audio_examples=0,
     overwrite=False,
     device="cpu",
@@ -88,8 +91,13 @@ def evaluate_system(
         From :mod:`pi_finetune.recognizers`; the first one's WER is the table's.
     test_set : str
         Name of the set, for the file and the lines.
-    batch_size, workers : int
-        Utterances enhanced at once; processes that compute PESQ and STOI.
+    batch_size : int
+        Utterances enhanced at once.
+    workers : int or None
+        Processes that compute PESQ and the like while the models go on; see
+        :class:`pi_finetune.results.pool.ScorePool`. Default: 0, none.
+    num_workers : int
+        Processes that load and mix. Default: 0.
     audio_examples : int
         Keep the audio of this many utterances, spread over the set, for listening.
     overwrite : bool
@@ -125,7 +133,9 @@ def evaluate_system(
     todo = [[i for i in batch if ids[i] not in done] for batch in batches]
     todo = [batch for batch in todo if batch][rank() :: processes()]
     examples = {ids[i * len(ids) // audio_examples] for i in range(audio_examples)}
-    loader = torch.utils.data.DataLoader(pairs, batch_sampler=todo, collate_fn=collate)
+    loader = torch.utils.data.DataLoader(
+        pairs, batch_sampler=todo, collate_fn=collate, num_workers=num_workers if todo else 0
+    )
     strategy, seed = folder.parent.name, folder.name
     mine = sum(map(len, todo))
     with (
@@ -138,19 +148,32 @@ def evaluate_system(
             disable=rank() > 0,
         ) as bar,
         torch.inference_mode(),
+        ScorePool(workers) as pool,
     ):
+        waiting = collections.deque()  # lines that want their signal scores, in order
+
+        def write(all_of_them=False):
+            while waiting and (all_of_them or waiting[0][0].done()):
+                signal, before, after = waiting.popleft()
+                file.write(json.dumps({**before, **signal.result(), **after}) + "\n")
+                bar.update()
+            file.flush()
+
         for batch in loader:
             wavs = (batch.clean if enhancer == "clean" else batch.noisy).to(device)
             if callable(enhancer):
                 wavs = enhancer(wavs)
             given = (wavs.data, wavs.lengths)
-            heard = [(r, r(*given), likelihoods(r, *given, batch.text)) for r in recognizers]
             sizes = wavs.lengths.tolist()
             estimates = [wav.numpy() for wav in wavs.to("cpu").items()]
             references = [wav.numpy() for wav in batch.clean.items()]
-            for i, signal in enumerate(metrics.score_batch(references, estimates, workers)):
+            signals = [
+                pool.submit(*utterance) for utterance in zip(batch.id, references, estimates)
+            ]
+            heard = [(r, r(*given), likelihoods(r, *given, batch.text)) for r in recognizers]
+            for i, signal in enumerate(signals):
                 utterance, reference = batch.id[i], batch.text[i]
-                record = {
+                before = {
                     "id": utterance,
                     "recording": batch.recording[i],
                     "speaker": batch.speaker[i],
@@ -160,22 +183,21 @@ def evaluate_system(
                     "snr": None if batch.snr[i] is None else float(batch.snr[i]),
                     "noise_class": batch.noise_class[i],
                     "duration": round(sizes[i] / SAMPLE_RATE, 4),
-                    **signal,
-                    "asr": {
-                        r.name: {**metrics.recognition_errors(r, reference, texts[i]), **nlls[i]}
-                        for r, texts, nlls in heard
-                        if reference is not None
-                    },
                 }
-                file.write(json.dumps(record) + "\n")
+                recognised = {
+                    r.name: {**metrics.recognition_errors(r, reference, texts[i]), **nlls[i]}
+                    for r, texts, nlls in heard
+                    if reference is not None
+                }
+                waiting.append((signal, before, {"asr": recognised}))
                 if utterance in examples:
                     kinds = {"enhanced": estimates[i]}
                     if enhancer is None:
                         noisy = batch.noisy.data[i, : sizes[i]].numpy()
                         kinds = {"noisy": noisy, "clean": references[i]}
                     _keep_audio(scores / test_set / "audio", utterance, kinds)
-            file.flush()
-            bar.update(len(sizes))
+            write()
+        write(all_of_them=True)
     ddp_barrier()
     on_main(_merge, final, ids)
     return final

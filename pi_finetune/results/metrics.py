@@ -274,43 +274,6 @@ _COMPUTED = (
 )
 
 
-def score_batch(references, estimates, workers=1, timeout=600):
-    """Signal scores of several utterances, on several processes if asked.
-
-    Arguments
-    ---------
-    references, estimates : list of np.ndarray
-        Waveforms [T], one pair per utterance.
-    workers : int
-        Processes. 1 scores in this one. PESQ holds Python's lock, so threads
-        would not help.
-    timeout : float
-        Seconds one utterance may take on a worker before TimeoutError.
-
-    Returns
-    -------
-    list of dict
-        :func:`signal_scores` of each pair, in order.
-
-    Raises
-    ------
-    ValueError
-        The lists, or the waveforms of a pair, differ in length.
-    TimeoutError
-        A worker took longer than ``timeout``. A worker that dies raises too:
-        nothing waits for ever.
-    """
-    if len(references) != len(estimates):
-        raise ValueError(f"{len(references)} references but {len(estimates)} estimates")
-    if workers <= 1 or len(references) < 2:
-        return [signal_scores(*pair) for pair in zip(references, estimates)]
-    from joblib import Parallel, delayed
-
-    # max_nbytes=None: waveforms are small, sending them beats memory-mapping them.
-    run = Parallel(n_jobs=workers, backend="loky", timeout=timeout, max_nbytes=None)
-    return run(delayed(signal_scores)(*pair) for pair in zip(references, estimates))
-
-
 def mean_score(values):
     """Mean over the scores that are there.
 
