@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from pi_finetune.results import statistics
 from pi_finetune.results.statistics import (
     Bootstrap,
     area_under_curve,
@@ -35,6 +36,64 @@ def test_one_seed_interval_matches_scipys_own_bootstrap():
     ).confidence_interval
     assert ours.low == pytest.approx(theirs.low, abs=0.03)
     assert ours.high == pytest.approx(theirs.high, abs=0.03)
+
+
+@pytest.mark.parametrize("seeds", ["student", "resample"])
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 3), (2, 3)])
+def test_the_draws_are_those_of_scipy(monkeypatch, seeds, sizes):
+    rng = np.random.default_rng(5)
+    values, baseline = (rng.normal(size=(size, 40)) for size in sizes)
+    weights = rng.integers(1, 9, 40).astype(float)
+    how = Bootstrap(700, seeds=seeds, random_seed=3)
+    monkeypatch.setattr(statistics, "_BATCH_ELEMENTS", 40 * 300)  # in three pieces
+    paired = sizes[0] == sizes[1]
+    ours = how.difference(values, baseline, weights, True)
+    parts = [(1, values - baseline)] if paired else [(1, values), (-1, baseline)]
+    drawn = [part for _, part in parts if len(part) > 1 and seeds == "resample"]
+
+    def statistic(units, *chosen, axis=-1):
+        chosen, total = list(chosen), 0
+        for sign, part in parts:
+            rows = chosen.pop(0) if drawn else np.arange(len(part))[None]
+            means = part[rows].mean(1)  # [R, U]
+            means = np.broadcast_to(means, units.shape)
+            total = total + sign * np.take_along_axis(means, units, -1).sum(axis)
+        return total / weights[units].sum(axis)
+
+    rng = np.random.default_rng(3)
+    theirs = stats.bootstrap(
+        (np.arange(40), *(np.arange(len(part)) for part in drawn)),
+        statistic,
+        n_resamples=700,
+        batch=300,
+        vectorized=True,
+        rng=rng,
+        method="percentile",
+    ).bootstrap_distribution
+    for _, part in parts:
+        if seeds == "student" and len(part) > 1:
+            spread = (part.sum(1) / weights.sum()).std(ddof=1) / len(part) ** 0.5
+            theirs = theirs + spread * rng.standard_t(len(part) - 1, 700)
+    low, high = np.quantile(theirs, [0.025, 0.975])
+    assert (ours.low, ours.high) == pytest.approx((low, high), abs=1e-12)
+    assert ours.p_improvement == np.mean(theirs > 0)
+
+
+def test_one_draw_serves_all_columns_of_a_table(monkeypatch):
+    rng = np.random.default_rng(0)
+    how = Bootstrap(500, random_seed=11)
+    statistics._draws.cache_clear()
+    for _ in range(3):
+        values, baseline = rng.normal(size=(2, 3, 30))
+        how.level(values, np.ones(30))
+        how.difference(values, baseline, rng.integers(1, 5, 30), True)
+    assert statistics._draws.cache_info().misses == 1
+    counts = statistics._draws(30, (), 500, 11)[0]
+    assert counts.shape == (500, 30) and (counts.sum(1) == 30).all()
+    # a replicate's numerator and denominator are of the same utterances
+    values = rng.integers(1, 9, (1, 30)).astype(float)
+    same = how.level(values, values[0])
+    assert (same.low, same.high) == pytest.approx((1, 1), abs=1e-12)
 
 
 def test_pairing_by_utterance_removes_what_utterances_share():

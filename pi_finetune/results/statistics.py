@@ -21,6 +21,7 @@ dominates: resample 60, 76, 85 % and student 96, 96, 96 % for S = 2, 3, 5; where
 95 % and 99, 97, 95 %. With S = 1 nothing is known of seeds: the interval is about utterances alone.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -177,29 +178,26 @@ class Bootstrap:
         """Replicates [R] of a signed sum of ratios over common utterances; None for one."""
         if len(weights) < 2:
             return None
-        resampled = [part for _, part in parts if len(part) > 1 and self.seeds == "resample"]
-
-        def statistic(utterances, *seeds, axis=-1):
-            seeds, total = list(seeds), 0.0
-            for sign, part in parts:
-                if len(part) > 1 and self.seeds == "resample":
-                    drawn = seeds.pop(0)[..., None] == np.arange(len(part))  # [R, S, S]
-                    means = drawn.mean(-2) @ part
-                else:
-                    means = np.broadcast_to(part.mean(0), utterances.shape)
-                total = total + sign * np.take_along_axis(means, utterances, -1).sum(axis)
-            return total / weights[utterances].sum(axis)
-
-        rng = np.random.default_rng(self.random_seed)
-        replicates = stats.bootstrap(
-            (np.arange(len(weights)), *(np.arange(len(part)) for part in resampled)),
-            statistic,
-            n_resamples=self.replicates,
-            batch=max(1, _BATCH_ELEMENTS // len(weights)),
-            vectorized=True,
-            method="percentile",
-            rng=rng,
-        ).bootstrap_distribution
+        resampled = [len(part) > 1 and self.seeds == "resample" for _, part in parts]
+        sizes = tuple(len(part) for (_, part), drawn in zip(parts, resampled) if drawn)
+        counts, shares, state = _draws(len(weights), sizes, self.replicates, self.random_seed)
+        fixed = sum(
+            (sign * part.mean(0) for (sign, part), drawn in zip(parts, resampled) if not drawn),
+            np.zeros(len(weights)),
+        )
+        drawn_parts = [sign * part for (sign, part), drawn in zip(parts, resampled) if drawn]
+        rows = np.concatenate([weights[None], fixed[None], *drawn_parts])
+        sums = np.empty((self.replicates, len(rows)))
+        step = max(1, _BATCH_ELEMENTS // len(weights))
+        for start in range(0, self.replicates, step):
+            sums[start : start + step] = counts[start : start + step].astype(np.float64) @ rows.T
+        total, first = sums[:, 1].copy(), 2
+        for share in shares:  # [R, S]
+            total += (share * sums[:, first : first + share.shape[1]]).sum(1)
+            first += share.shape[1]
+        replicates = total / sums[:, 0]
+        rng = np.random.default_rng()
+        rng.bit_generator.state = state
         if self.seeds == "student":
             for _, part in parts:
                 if len(part) > 1:
@@ -209,6 +207,41 @@ class Bootstrap:
                         len(part) - 1, len(replicates)
                     )
         return replicates
+
+
+@functools.lru_cache(maxsize=2)
+def _draws(units, sizes, replicates, random_seed):
+    """One draw for all systems and metrics of a table: those of ``scipy.stats.bootstrap``.
+
+    Arguments
+    ---------
+    units : int
+        U, what is drawn from.
+    sizes : tuple of int
+        Numbers of seeds S that are drawn from, too.
+    replicates, random_seed
+        Of the bootstrap.
+
+    Returns
+    -------
+    (np.ndarray, list of np.ndarray, dict)
+        How often a replicate has each unit [R, U], its share of each seed [R, S], and the state of
+        the random generator afterwards.
+    """
+    rng = np.random.default_rng(random_seed)
+    counts = np.empty((replicates, units), np.min_scalar_type(units))
+    shares = [np.empty((replicates, size)) for size in sizes]
+    step = max(1, _BATCH_ELEMENTS // units)
+    for start in range(0, replicates, step):
+        rows = min(step, replicates - start)
+        drawn = rng.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
+        found = np.bincount(drawn.ravel(), minlength=rows * units)
+        counts[start : start + rows] = found.reshape(rows, units)
+        for share in shares:
+            size = share.shape[1]
+            drawn = rng.integers(0, size, (rows, size))
+            share[start : start + rows] = (drawn[..., None] == np.arange(size)).mean(1)
+    return counts, shares, rng.bit_generator.state
 
 
 def _check(values, weights):
