@@ -240,6 +240,8 @@ SETTINGS = _table(
     test_snrs=(either(SNRS, sequence(SNR, "", empty=True)), "SNRs of the test", IRRELEVANT),
     noise_snrs=(SNRS, "SNRs of the training speech"),
     noise_probability=(number(low=0, high=1), "share of utterances with noise"),
+    speech_noise_share=(number(low=0, high=1), "share of these with a second speaker as noise"),
+    speech_noise_snrs=(SNRS, "SNRs of a second speaker"),
     speeds=(sequence(whole(1), "percentages, e.g. [90, 100, 110]"), "speeds in percent"),
     views=(COUNT, "versions of each utterance"),
     cache_gb=(number(low=0), "memory for encoded speech", IRRELEVANT),
@@ -249,6 +251,7 @@ SETTINGS = _table(
     depth=(whole(0), "BLSTM layers"),
     dropout=(number(low=0, high=1), "of the head"),
     # Teachers
+    hubert_weights=(or_null(TEXT), "weights that pre-training starts from"),
     targets_source=(TEXT, "mfcc, or folder or hub name of a teacher"),
     targets_layers=(either(LAYER, sequence(LAYER, "layers")), "layer of that teacher"),
     clusters=(whole(2), "classes of frames"),

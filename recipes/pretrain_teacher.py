@@ -3,17 +3,19 @@
     python recipes/pretrain_teacher.py hparams/pretrain_teacher.yaml \\
         --data_folder LibriSpeech --targets_source mfcc
 
-``targets_source`` is ``mfcc`` or any teacher (folder or hub name). The best model so far is in
-OUTPUT_FOLDER/teacher, ready to be used as ``teacher_source``; the same command resumes.
+``targets_source`` is ``mfcc`` or any teacher (folder or hub name), e.g. the one that an earlier
+round made. The best model so far is in OUTPUT_FOLDER/teacher, ready to be used as
+``teacher_source``, ``targets_source`` or ``hubert_weights``; the same command resumes.
 """
 
 import functools
 import sys
 from pathlib import Path
 
-from pi_finetune.brains.pretraining import PretrainingBrain
+from pi_finetune.brains.pretraining import PretrainingBrain, load_hubert
 from pi_finetune.brains.updates import start_run
 from pi_finetune.commands import parse
+from pi_finetune.config import build
 from pi_finetune.data.checking import check_pairs
 from pi_finetune.data.corpora import prepare_speech
 from pi_finetune.data.loading import collate
@@ -31,8 +33,12 @@ def dataio_prepare(hparams):
         on_main(prepare_speech, hparams["data_folder"], hparams[f"{part}_splits"])
         for part in ("train", "valid")
     )
+    mixer = interference = None
+    if hparams["noise_probability"]:
+        mixer = on_main(build, hparams["train_mixer"])
+        interference = build(hparams["interference"], mixer=mixer, speech=train)
     if hparams["check_data"]:
-        on_main(check_pairs, train, valid)
+        on_main(check_pairs, train, valid, mixer)
     how = {"source": hparams["targets_source"], "layers": hparams["targets_layers"]}
     how |= {"clusters": hparams["clusters"], "seed": hparams["seed"]}
     path = Path(hparams["output_folder"]) / "targets.pt"
@@ -40,12 +46,12 @@ def dataio_prepare(hparams):
     on_main(make, train, valid)
     targets = make(train, valid)  # reads what was made
 
-    def dataset(manifest, seconds):
+    def dataset(manifest, seconds, interference=None):
         masking = (hparams["mask_probability"], hparams["mask_span"])
-        return MaskedSpeech(manifest, targets, seconds, *masking, hparams["seed"])
+        return MaskedSpeech(manifest, targets, seconds, *masking, hparams["seed"], interference)
 
     return (
-        dataset(train, hparams["segment_seconds"]),
+        dataset(train, hparams["segment_seconds"], interference),
         dataset(valid, hparams["valid_segment_seconds"]),
     )
 
@@ -68,6 +74,7 @@ def pretrain_teacher(experiment="pretrain_teacher", overrides=None, run_opts=Non
     hparams, run_opts = start_run(
         __file__, experiment, overrides, run_opts, needs=("hubert", "targets_source")
     )
+    load_hubert(hparams["hubert"], hparams["hubert_weights"])  # fails before targets are made
     train_data, valid_data = dataio_prepare(hparams)
     brain = PretrainingBrain(
         modules=hparams["modules"],

@@ -1,5 +1,6 @@
 """The Brain that pre-trains a small HuBERT by masked prediction of cluster targets."""
 
+import json
 from pathlib import Path
 
 import speechbrain as sb
@@ -9,8 +10,9 @@ from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.distributed import mean_over_processes, rank
+from pi_finetune.errors import UserError
 from pi_finetune.files import replacing_files
-from pi_finetune.teacher import quiet_transformers, standardised
+from pi_finetune.teacher import Teacher, quiet_transformers, standardised
 
 
 class PretrainingBrain(UpdateBrain):
@@ -81,15 +83,55 @@ class PretrainingBrain(UpdateBrain):
         )
 
 
-def export_teacher(hubert: HubertModel, folder) -> None:
-    """Write ``hubert`` as fp16 safetensors with its configs; replaces the files of ``folder``.
+def load_hubert(hubert: HubertModel, source: str | None) -> None:
+    """Load weights into ``hubert`` in place, to start pre-training from them.
 
-    ``transformers.AutoModel`` and :class:`~pi_finetune.teacher.Teacher` both load the folder.
+    Arguments
+    ---------
+    hubert : HubertModel
+        Every shape must fit.
+    source : str or None
+        As of :class:`~pi_finetune.teacher.Teacher`. None leaves the weights as they are.
+
+    Raises
+    ------
+    UserError
+        The source cannot be loaded, or is a model of another family or shape.
+    """
+    if source is None:
+        return
+    teacher = Teacher(source)
+    weights = teacher.encoder.state_dict()
+    own, found = (
+        {key: list(value.shape) for key, value in state.items()}
+        for state in (hubert.state_dict(), weights)
+    )
+    faults = [
+        f"{key} is {found.get(key, 'missing')} and should be {own.get(key, 'missing')}"
+        for key in sorted({*own, *found})
+        if own.get(key) != found.get(key)
+    ]
+    if faults:
+        raise UserError(
+            f"hubert_weights: {source} (a {teacher.family} model) does not fit the model that "
+            f"config describes: {len(faults)} tensors differ, first: {faults[0]}."
+        )
+    hubert.load_state_dict(weights)
+
+
+def export_teacher(hubert: HubertModel, folder) -> None:
+    """Write ``hubert`` as bfloat16 safetensors with its configs; replaces the files of ``folder``.
+
+    ``transformers.AutoModel`` and :class:`~pi_finetune.teacher.Teacher` both load the folder, in
+    float32. Of the two half precisions bfloat16 is the one whose files can be compressed.
     """
     half = HubertModel(hubert.config)
     half.load_state_dict(hubert.state_dict())
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     with replacing_files(folder) as temporary:
         with quiet_transformers():
-            half.half().save_pretrained(temporary)
+            half.bfloat16().save_pretrained(temporary)
+        # What a model is loaded as: transformers writes there what it is stored as.
+        config = json.loads((temporary / "config.json").read_text()) | {"dtype": "float32"}
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         extractor.save_pretrained(temporary)

@@ -132,3 +132,72 @@ class NoiseMixer:
         noise = read_audio(entry["wav"], entry["start"], available)
         noise = noise.roll(int(rng.integers(available)))
         return noise.repeat(-(-length // available))[:length]
+
+
+class Interference:
+    """Disturbs a share of the utterances: noise, or another speaker for a while.
+
+    The augmentation with which WavLM is pre-trained (Chen et al., 2022, algorithm 1). As there, a
+    second speaker is heard for half of the utterance at most, so that the first stays the main
+    one, and the energy of the whole utterance counts in the ratio. Unlike there, noise is heard
+    throughout.
+
+    Arguments
+    ---------
+    probability : float
+        Share of the utterances that are disturbed.
+    mixer : NoiseMixer, optional
+        Adds noise. Needed unless ``speech_share`` is 1.
+    speech : dict, optional
+        Manifest whose utterances interfere. Needed unless ``speech_share`` is 0.
+    speech_share : float
+        Share of the disturbed utterances that hear a second speaker instead of noise. Default: 0.
+    speech_snrs : list of float
+        Ratios of the first speaker to the second, in dB, equally likely.
+    """
+
+    def __init__(self, probability, mixer=None, speech=None, speech_share=0.0, speech_snrs=(0.0,)):
+        if probability and speech_share < 1 and mixer is None:
+            raise UserError(
+                "noise_folder: needed for noise_probability above 0 (or set speech_noise_share: 1)."
+            )
+        self.keys = list(speech or ()) if probability and speech_share else []
+        self.speech = speech
+        if probability and speech_share and len({speech[k]["speaker"] for k in self.keys}) < 2:
+            raise UserError(
+                "speech_noise_share: needs speech of two speakers or more; set it to 0."
+            )
+        self.probability = probability
+        self.mixer = mixer
+        self.speech_share = speech_share
+        self.speech_snrs = [float(snr) for snr in speech_snrs]
+
+    def __call__(self, wav, speaker, rng):
+        """``wav`` [T] of ``speaker``, disturbed or as it is, by draws from ``rng``."""
+        if rng.random() >= self.probability or is_silent(wav):
+            return wav
+        if rng.random() >= self.speech_share:
+            return self.mixer(wav, rng)[0]
+        snr = self.speech_snrs[rng.integers(len(self.speech_snrs))]
+        if math.isinf(snr):
+            return wav
+        length = int(rng.integers(1, len(wav) // 2 + 1))
+        start = int(rng.integers(len(wav) - length + 1))
+        other = torch.zeros_like(wav)
+        piece = self._other_speech(speaker, length, rng)
+        other[start : start + len(piece)] = piece
+        # The ratio is one of powers where each is heard: mix_at_snr sees the second diluted.
+        return mix_at_snr(wav, other, snr + 10 * math.log10(len(wav) / len(piece)))[0]
+
+    def _other_speech(self, speaker, length, rng):
+        """Up to ``length`` samples of another speaker, not silent."""
+        for _ in range(100):
+            entry = self.speech[self.keys[rng.integers(len(self.keys))]]
+            if entry["speaker"] == speaker:
+                continue
+            total = round(entry["duration"] * SAMPLE_RATE)
+            start = int(rng.integers(max(1, total - length + 1)))
+            piece = read_audio(entry["wav"], start, min(length, total))
+            if not is_silent(piece):
+                return piece
+        raise UserError("speech_noise_share: 100 draws found no speech of another speaker.")

@@ -242,16 +242,28 @@ class MaskedSpeech(Dataset):
     mask_probability, mask_span
         See :func:`draw_mask`.
     seed : int
-        Of crops and masks.
+        Of crops, masks and interference.
+    interference : pi_finetune.data.mixing.Interference, optional
+        Disturbs the waveform; targets, crops and masks stay. Default: none.
     """
 
-    def __init__(self, manifest, targets, segment_seconds, mask_probability, mask_span, seed):
+    def __init__(
+        self,
+        manifest,
+        targets,
+        segment_seconds,
+        mask_probability,
+        mask_span,
+        seed,
+        interference=None,
+    ):
         self.manifest = manifest
         self.targets = targets
         self.keys = list(manifest)
         self.segment = num_frames(int(segment_seconds * SAMPLE_RATE))
         self.mask = (mask_probability, mask_span)
         self.seed = seed
+        self.interference = interference
 
     def __len__(self):
         return len(self.keys)
@@ -263,7 +275,11 @@ class MaskedSpeech(Dataset):
         targets = self.targets[key].long()
         frames = min(len(targets), self.segment)
         start = int(rng.integers(len(targets) - frames + 1))
-        wav = read_audio(self.manifest[key]["wav"], start * HOP, (frames - 1) * HOP + FIELD)
+        entry = self.manifest[key]
+        wav = read_audio(entry["wav"], start * HOP, (frames - 1) * HOP + FIELD)
+        if self.interference is not None:
+            draws = utterance_rng(self.seed, data_pass, key, "interference")
+            wav = self.interference(wav, entry["speaker"], draws)
         return {
             "id": key,
             "wav": wav,
