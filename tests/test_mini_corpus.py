@@ -237,6 +237,23 @@ def test_only_noise_leaves_speech_alone(small, tmp_path):
     assert "--seed 3 --only speech" in readme and "--seed 4 --only noise" in readme
 
 
+def test_some_speakers_speak_anew_and_the_others_stay(small, tmp_path, capsys):
+    synthesize.main(["--output_folder", str(tmp_path), "--seed", "3"])
+    before = files(tmp_path)
+    other = ["--output_folder", str(tmp_path), "--seed", "4", "--only", "speech"]
+    synthesize.main([*other, "--speakers", "3"])
+    after = files(tmp_path)
+    changed = {p for p in before if p.suffix == ".ogg" and before[p] != after[p]}
+    assert before.keys() == after.keys()
+    assert {p.name for p in changed} == {"3-1-0000.ogg", "3-1-0001.ogg"}
+    synthesize.main(other)
+    whole = files(tmp_path)
+    assert {p: whole[p] for p in changed} == {p: after[p] for p in changed}
+    with pytest.raises(SystemExit):
+        synthesize.main([*other, "--speakers", "9"])
+    assert "--speakers: 9" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_leaves_what_was_there(small, monkeypatch, tmp_path):
     synthesize.main(["--output_folder", str(tmp_path), "--seed", "3"])
     before = files(tmp_path)

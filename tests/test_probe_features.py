@@ -15,22 +15,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import probe_features
 
-WORDS = {"AH": 500, "BEE": 1200, "SO": 3000}
+# Of one phoneme each, so that a single frame can tell.
+WORDS = {"OH": 500, "EYE": 1200, "AWE": 3000}
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Words that are tones, 0.3 s each."""
+    """Words that are tones, 0.3 s each, none twice in a row."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("dev", 6), ("test", 6)):
         folder = tmp_path / split / split / "1"
         folder.mkdir(parents=True)
         lines = []
         for i in range(count):
-            words = rng.choice(list(WORDS), 4)
+            words = list(rng.permutation(list(WORDS))) + [str(rng.choice(["OH", "EYE"]))]
+            words = [w for w, before in zip(words, ["", *words]) if w != before]
             time = np.arange(4800) / 16000
             tones = [0.3 * np.sin(2 * np.pi * WORDS[word] * time) for word in words]
-            wav = np.concatenate(tones) + 0.003 * rng.standard_normal(4 * 4800)
+            wav = np.concatenate(tones) + 0.003 * rng.standard_normal(4800 * len(words))
             soundfile.write(folder / f"{split}-1-{i:04d}.flac", wav, 16000)
             lines.append(f"{split}-1-{i:04d} {' '.join(words)}\n")
         (folder / f"{split}-1.trans.txt").write_text("".join(lines))

@@ -6,6 +6,11 @@ Speech comes out in LibriSpeech's layout, noise as one folder of CLASS-NNN.ogg. 
 same seed and engine versions give the same files, byte for byte. An earlier
 ``speech`` or ``noise`` folder is replaced only when the new one is complete.
 
+    python tools/mini/synthesize.py --output_folder assets/mini --only speech --speakers 302 304
+
+has these speakers speak anew and keeps the files of the others, of which pico's are never the same
+twice.
+
     python tools/mini/synthesize.py --output_folder more --seed 1234 --more 3000
 
 makes instead hours of speech by many voices, for a recogniser: ``more/speech`` with the training
@@ -16,6 +21,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import struct
 import sys
 import tempfile
@@ -55,6 +61,7 @@ def main(argv=None):
     parser.add_argument("--output_folder", default="assets/mini")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--only", choices=("speech", "noise"), help="leave the other part as it is")
+    parser.add_argument("--speakers", nargs="+", help="who speaks anew. Default: all")
     parser.add_argument(
         "--more", type=int, metavar="N", help="N training utterances of many voices, nothing else"
     )
@@ -76,10 +83,18 @@ def main(argv=None):
         raise UserError(f"--output_folder: {folder} is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     texts = split_texts(args.seed)
+    if args.speakers:
+        missing = set(args.speakers) - {voice.speaker for voice in texts if voice is not None}
+        if missing or not (folder / "speech").is_dir():
+            raise UserError(
+                f"--speakers: {', '.join(sorted(missing) or args.speakers)}: no such voice, or no "
+                f"speech in {folder} of which the others could be kept."
+            )
     if args.more is not None:
         make_more(folder, texts, args.seed, args.more, args.processes)
         return
-    for part, make in (("speech", make_speech), ("noise", make_noise)):
+    speak_anew = partial(make_speech, old=folder / "speech", anew=args.speakers)
+    for part, make in (("speech", speak_anew), ("noise", make_noise)):
         if args.only not in (None, part):
             continue
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{part}-") as temporary:
@@ -119,8 +134,11 @@ def split_texts(seed, voices=VOICES):
     return texts
 
 
-def make_speech(folder, texts, seed):
-    """Write every utterance and transcript into ``folder``; return what is worth knowing."""
+def make_speech(folder, texts, seed, old=None, anew=None):
+    """Write every utterance and transcript into ``folder``; return what is worth knowing.
+
+    Where speakers are named to speak ``anew``, the files of all others are copied from ``old``.
+    """
     facts = {split: {"speakers": 0, "utterances": 0, "minutes": 0.0} for split in SPLITS}
     speakers = ["; ID | SEX | SUBSET | MINUTES | NAME (engine and voice)"]
     voices = [voice for voice in texts if voice is not None]
@@ -131,10 +149,14 @@ def make_speech(folder, texts, seed):
             seconds, lines = 0.0, []
             for number, text in enumerate(texts[voice]):
                 name = f"{voice.speaker}-1-{number:04d}"
-                samples = utterance(voice, text, utterance_rng(seed, 0, name, "synthesis"))
-                write_opus(chapter / f"{name}.ogg", samples)
+                path = chapter / f"{name}.ogg"
+                if anew and voice.speaker not in anew:
+                    shutil.copyfile(old / path.relative_to(folder), path)
+                else:
+                    rng = utterance_rng(seed, 0, name, "synthesis")
+                    write_opus(path, utterance(voice, text, rng))
                 lines.append(f"{name} {text}\n")
-                seconds += len(samples) / SAMPLE_RATE
+                seconds += sf.info(path).duration
                 progress.update()
             write_text(chapter / f"{voice.speaker}-1.trans.txt", "".join(lines))
             speakers.append(

@@ -98,9 +98,9 @@ VOICES = (
     Voice("203", "F", "dev", "pico", "en-GB", 13),
     Voice("204", "M", "dev", "espeak-ng", "en-us+robert", 13),
     Voice("301", "F", "test", "espeak-ng", "en-us+f3", 22),
-    Voice("302", "M", "test", "espeak-ng", "en-us+adam", 22),
+    Voice("302", "M", "test", "espeak-ng", "en-us+adam", 22, rate=0.85),
     Voice("303", "M", "test", "espeak-ng", "en-us+benjamin", 22),
-    Voice("304", "M", "test", "espeak-ng", "en-us+klatt4", 22),
+    Voice("304", "M", "test", "espeak-ng", "en-us+klatt4", 22, rate=0.85),
 )
 
 #: More training voices, for hours of speech that are not shipped; the first is a diphone voice.
