@@ -436,6 +436,33 @@ row(
     folders("d"),
 )
 
+row(
+    "evaluate",
+    "recordings that are not there",
+    "evaluate --run noisy --recordings nowhere --asr_source null",
+    r"nowhere: there is no such file or folder",
+)
+row(
+    "evaluate",
+    "clean speech of recordings",
+    "evaluate --run clean --recordings d --asr_source null",
+    r"run: clean: there is no clean speech of recordings",
+    audio(name="d/a.wav"),
+)
+row(
+    "evaluate",
+    "--channel left",
+    "evaluate --run noisy --recordings d --channel left",
+    r"channel: got left, needed is a whole number",
+)
+row(
+    "evaluate",
+    "audio saved below a file",
+    "evaluate --run noisy --recordings d --asr_source null --save_audio f",
+    r"Cannot write f/inputs/settings\.json: Not a directory",
+    both(audio(name="d/a.wav"), text("f")),
+)
+
 row("resample", "a folder that is not there", "recipes/resample.py no new", r"no: no such folder")
 row(
     "resample",

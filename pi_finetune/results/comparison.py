@@ -176,6 +176,7 @@ def compare_runs(
     metrics = metrics_of(scored, recognizer)
     units, unit = resampling_units(scored, ids, notes)
     scores = {m.name: metric_scores(scored, ids, m, notes, units) for m in metrics}
+    notes += _never_asked([m for m in metrics if not scores[m.name].asked])
     recordings = len({recording(scored[0].scores[id_]) for id_ in ids})
     if recordings < FEW_RECORDINGS:
         notes.append(
@@ -209,6 +210,16 @@ def compare_runs(
         unit=unit,
         notes=notes,
     )
+
+
+def _never_asked(metrics):
+    """Notes on empty columns: what their metrics need."""
+    needs = {"clean": "a clean reference", "transcript": "transcripts, and a recogniser"}
+    return [
+        f"{', '.join(m.title for m in metrics if m.reference == reference)}: empty, needs {what}"
+        for reference, what in needs.items()
+        if any(m.reference == reference for m in metrics)
+    ]
 
 
 def _expected(runs, baseline, notes):
