@@ -358,8 +358,8 @@ def _begin(final, settings, overwrite):
         changed = [key for key in settings if earlier.get(key) != settings[key]]
         if changed and not overwrite:
             raise UserError(
-                f"{final} was made with other {', '.join(changed)}. Add --overwrite True to score "
-                "anew, or give this evaluation another name with --test_set."
+                f"{final} was made with other {', '.join(changed)}. Add --overwrite to score anew, "
+                "or name another place (--test_set of evaluate, --output_folder of check)."
             )
         if changed:
             for path in (final, *_parts(final)):

@@ -79,7 +79,7 @@ class SavedAudio:
             if not overwrite:
                 raise UserError(
                     f"{shown(self.folder)} holds audio made with other {', '.join(changed)}. Add "
-                    "--overwrite True, or name another folder with --save_audio."
+                    "--overwrite, or name another folder with --save_audio."
                 )
             for path in (*self.folder.glob("audio/*.flac"), *self.folder.glob("*.scp")):
                 path.unlink()
