@@ -54,7 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "channel": {"type": int, "help": "the channel to take, from 1; default: the mean of all"},
     "utterances": {"type": int, "help": "so many, spread over speakers; default: all"},
-    "output_folder": {"metavar": "DIR", "help": "default: results/check/NAME"},
+    "output_folder": {"metavar": "DIR", "help": "default: checks/NAME"},
     "batch_size": {"type": int, "default": 4, "help": "utterances at once (%(default)s)"},
     "device": {"help": "cpu or cuda; default: a GPU if there is one"},
     "overwrite": {
@@ -98,7 +98,7 @@ def check(recordings, **options):
     if not shares or not all(0 < share <= 1 for share in shares):
         raise UserError("--mix: give shares above 0 and up to 1.")
     name = re.sub(r"[^\w.-]+", "_", str(recordings).rstrip("/")).strip("_.") or "here"
-    folder = Path(args.output_folder or Path("results", "check", name))
+    folder = Path(args.output_folder or Path("checks", name))
 
     from tqdm import tqdm
 

@@ -212,4 +212,4 @@ def test_without_transcripts_no_recogniser_is_loaded(recordings, tiny, tmp_path,
     main(["check", "list.csv", "--mix", "1", "--asr_source", "/nowhere"])
     out = capsys.readouterr().out
     assert not tiny and "0 transcribed" in out and "Cannot say" in out
-    assert (tmp_path / "results/check/list.csv/report.html").is_file()
+    assert (tmp_path / "checks/list.csv/report.html").is_file()
