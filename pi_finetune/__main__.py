@@ -26,6 +26,7 @@ OVERVIEW_EXAMPLES = """examples:
   pi-finetune train soft_dtw --data_folder LibriSpeech --noise_folder noise
   pi-finetune evaluate --run results/soft_dtw/1234
   pi-finetune compare results --html
+  pi-finetune check recordings --asr_source openai/whisper-tiny.en
   pi-finetune enhance noisy.wav -o enhanced.wav --model results/soft_dtw/1234
 """
 
@@ -118,7 +119,8 @@ def parser():
     top.add_argument("--version", action="version", version=f"pi_finetune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     abouts = {name: recipe_text(recipe.module, recipe.function) for name, recipe in RECIPES.items()}
-    abouts |= {"compare": recipe_text("compare", "compare"), "show": inspect.getdoc(run_show)}
+    abouts |= {name: recipe_text(name, name) for name in ("check", "compare")}
+    abouts["show"] = inspect.getdoc(run_show)
     for name, text in abouts.items():
         commands.add_parser(name, help=text.split("\n")[0], add_help=False)
 
@@ -244,6 +246,13 @@ def run_compare(argv):
     from pi_finetune.recipes import compare
 
     return compare.main(argv, program="pi-finetune compare")
+
+
+def run_check(argv):
+    """Judge enhancement on one's own recordings; the options are the recipe's own."""
+    from pi_finetune.recipes import check
+
+    return check.main(argv, program="pi-finetune check")
 
 
 def run_show(argv):
@@ -488,8 +497,9 @@ def main(argv=None):
     try:
         if argv and argv[0] in RECIPES:
             return run_recipe(argv[0], argv[1:])
-        if argv and argv[0] in ("compare", "show"):
-            return {"compare": run_compare, "show": run_show}[argv[0]](argv[1:])
+        own = {"check": run_check, "compare": run_compare, "show": run_show}
+        if argv and argv[0] in own:
+            return own[argv[0]](argv[1:])
         options = parser().parse_args(argv or ["--help"])
         # A polite kill unwinds like Ctrl-C, so that half-written files are removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -1,5 +1,6 @@
 """Command lines of the recipes: words become values here, and values words."""
 
+import argparse
 import itertools
 import json
 from pathlib import Path
@@ -108,6 +109,65 @@ def divide(experiment, values):
     declared, known = keys(experiment), RunOptions().keys()
     run_opts = {k: v for k, v in values.items() if k not in declared and k in known}
     return {k: v for k, v in values.items() if k not in run_opts}, run_opts
+
+
+def read_options(recipe, declared, given):
+    """The options of a recipe that reads no experiment file, those not given at their defaults.
+
+    Arguments
+    ---------
+    recipe : str
+        For messages.
+    declared : dict
+        ``{name: arguments of argparse's add_argument}``.
+    given : dict
+        Values by name; None stands for the default.
+
+    Returns
+    -------
+    (argparse.Namespace, dict)
+        All options, and those whose value is not the default.
+
+    Raises
+    ------
+    UserError
+        There is no such option.
+    """
+    unknown = given.keys() - declared.keys()
+    if unknown:
+        raise UserError(f"{recipe}: no option {min(unknown)!r}; there are {', '.join(declared)}.")
+    values = {name: how.get("default") for name, how in declared.items()}
+    changed = {k: v for k, v in given.items() if v is not None and v != values[k]}
+    return argparse.Namespace(**{**values, **changed}), changed
+
+
+def options_parser(program, argument, about, examples, declared):
+    """The command line of such a recipe.
+
+    Arguments
+    ---------
+    program : str
+    argument : dict
+        Of the one argument before the options: what ``add_argument`` takes, ``dest`` among it.
+    about : str
+    examples : list of str
+        Words after the program.
+    declared : dict
+        As for :func:`read_options`.
+    """
+    name = argument["metavar"]
+    lines = [f"  %(prog)s {words}" for words in examples]
+    made = argparse.ArgumentParser(
+        prog=program,
+        usage=f"%(prog)s {f'{name} [{name} ...]' if 'nargs' in argument else name} [options]",
+        description=about,
+        epilog="\n".join(["examples:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(**argument)
+    for option, how in declared.items():
+        made.add_argument(f"--{option}", **how)
+    return made
 
 
 def words(recipe, arguments, overrides=None, flags=None):

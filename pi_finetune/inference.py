@@ -24,16 +24,18 @@ import torch
 from huggingface_hub import snapshot_download
 from scipy.ndimage import maximum_filter1d
 
-from pi_finetune.data.audio import limit, resample
+from pi_finetune.data.audio import libsndfile_says, limit, resample
 from pi_finetune.enhancers import (
     CONFIG_FILE,
     SAMPLE_RATE,
     SPEECHBRAIN_FILE,
     WEIGHTS_FILE,
     load_enhancer,
+    mixed,
 )
 from pi_finetune.errors import UserError
 from pi_finetune.files import PROJECT_ROOT, replacing, shown, why_not_written
+from pi_finetune.lengths import Waveforms
 
 #: The shipped model.
 DEFAULT_MODEL = PROJECT_ROOT / "assets" / "models" / "enhancer"
@@ -100,9 +102,12 @@ class Enhancer:
     chunk_seconds : int
         Recordings are worked through in pieces of this length (default 30), rounded up
         to whole frames.
+    whole_seconds : float, optional
+        A longer row of a batch is worked through in pieces too, when the enhancer is called.
+        Default: none is.
     """
 
-    def __init__(self, module, device=None, chunk_seconds=30):
+    def __init__(self, module, device=None, chunk_seconds=30, whole_seconds=None):
         if int(chunk_seconds) != chunk_seconds or chunk_seconds < 1:
             raise ValueError(f"chunk_seconds must be a whole number >= 1, got {chunk_seconds}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -117,6 +122,29 @@ class Enhancer:
             seconds = 3 * module.reach / SAMPLE_RATE
         self.context_seconds = step * math.ceil(seconds / step)
         self.chunk_seconds = step * math.ceil(chunk_seconds / step)
+        self.whole_seconds = whole_seconds
+
+    def __call__(self, wavs):
+        """Enhance a batch at 16 kHz, at once but for rows that are too long for it.
+
+        Arguments
+        ---------
+        wavs : pi_finetune.lengths.Waveforms
+            On any device.
+
+        Returns
+        -------
+        Waveforms
+            On the same device.
+        """
+        limit = math.inf if self.whole_seconds is None else self.whole_seconds * SAMPLE_RATE
+        if int(wavs.lengths.max()) <= limit:
+            return self.module(wavs)
+        rows = [
+            self.enhance(row).to(row.device) if len(row) > limit else self.module(row[None])[0]
+            for row in wavs.items()
+        ]
+        return wavs.with_data(Waveforms.collate(rows).data)
 
     @property
     def _resumes(self):
@@ -278,7 +306,7 @@ class Enhancer:
             if tail is not None:
                 piece[:, :fade] = ramp * piece[:, :fade] + (1 - ramp) * tail
             piece, tail = (piece, None) if last else (piece[:, :chunk], piece[:, chunk:])
-            yield mix * piece + (1 - mix) * window[:, start - origin :][:, : piece.shape[1]]
+            yield mixed(piece, window[:, start - origin :][:, : piece.shape[1]], mix)
 
     def _windows(self, read, rate):
         """Yield windows [C, n] of a recording, and of each ``origin, start, end, last``.
@@ -450,16 +478,13 @@ def _open(path):
     except (OSError, RuntimeError, TypeError) as error:  # TypeError: raw data without a header
         if not path.is_file():
             raise UserError(f"There is no file {shown(path)}.") from None
-        raise UserError(f"{shown(path)} cannot be read as audio: {_reason(error)}") from error
+        raise UserError(
+            f"{shown(path)} cannot be read as audio: {libsndfile_says(error)}."
+        ) from error
     if reader.frames == 0:
         reader.close()
         raise UserError(f"{shown(path)} holds no samples.")
     return reader
-
-
-def _reason(error):
-    """libsndfile's own words, without the bytes of the path."""
-    return str(getattr(error, "error_string", error)).removeprefix("Error : ")
 
 
 def _reader(reader, path):
@@ -469,7 +494,9 @@ def _reader(reader, path):
         try:
             block = reader.read(frames, dtype="float32", always_2d=True).T
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{shown(path)} cannot be read to its end: {_reason(error)}") from error
+            raise UserError(
+                f"{shown(path)} cannot be read to its end: {libsndfile_says(error)}."
+            ) from error
         if not np.isfinite(block).all():
             raise UserError(
                 f"{shown(path)} holds samples that are NaN or infinite: repair it first."

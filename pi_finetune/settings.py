@@ -162,6 +162,8 @@ SETTINGS = _table(
     save_folder=(TEXT, "folder of the checkpoints", IRRELEVANT),
     data_folder=(TEXT, "the speech corpus", DATA),
     noise_folder=(or_null(TEXT), "the noise recordings", DATA),
+    recordings=(or_null(TEXT), "recordings without clean speech", DATA),
+    channel=(or_null(COUNT), "the channel of the recordings; null: the mean of all"),
     train_folder=(or_null(TEXT), "the corpus that is trained on, where it is another", DATA),
     # Data
     train_splits=(SPLITS, "splits that are trained on"),
@@ -262,6 +264,7 @@ SETTINGS = _table(
     run=(either(TEXT, sequence(TEXT, "run folders")), "what is evaluated"),
     test_set=(NAME, "names the file of the scores"),
     audio_examples=(whole(0), "utterances whose audio is kept"),
+    save_audio=(or_null(TEXT), "folder for the audio of all systems", IRRELEVANT),
     overwrite=(FLAG, "whether scores made with other settings are discarded"),
     trust=(FLAG, "whether a model's own code may run"),
     # Diagnostics
@@ -306,9 +309,9 @@ SETTINGS = _table(
 
 #: Keys that hold an object, or what makes one: never null or a word.
 _BLOCKS = frozenset(
-    "train_data valid_data test_data enhancer teacher encoder tokenizer head distance signal_loss"
-    " representation objective modules opt_class lr_schedule epoch_counter checkpointer"
-    " train_loggers".split()
+    "train_data valid_data test_data test_recordings enhancer teacher encoder tokenizer head"
+    " distance signal_loss representation objective modules opt_class lr_schedule epoch_counter"
+    " checkpointer train_loggers".split()
 )
 
 #: Keys whose value is a mapping of keys that stand in this table themselves.

@@ -7,14 +7,13 @@ Writes table.{csv,md,tex} (a row per run), summary.{csv,md,tex} (a row per
 system, over seeds), convergence.{csv,md} and, if asked, report.html.
 """
 
-import argparse
 import inspect
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from pi_finetune.commands import words
+from pi_finetune.commands import options_parser, read_options, words
 from pi_finetune.errors import UserError, command
 from pi_finetune.report.plain import plain_summary
 from pi_finetune.report.tables import (
@@ -83,11 +82,7 @@ def compare(runs, **options):
     list of Path
         The files written.
     """
-    unknown = options.keys() - OPTIONS.keys()
-    if unknown:
-        raise UserError(f"compare: no option {min(unknown)!r}; there are {', '.join(OPTIONS)}.")
-    given = {name: value for name, value in options.items() if value is not None}
-    args = argparse.Namespace(**{k: v.get("default") for k, v in OPTIONS.items()} | given)
+    args, changed = read_options("compare", OPTIONS, options)
     if args.replicates < 1 or not 0 < args.confidence < 1:
         raise UserError("--replicates must be at least 1 and --confidence between 0 and 1.")
     position = [Path(path) for path in args.position_folders or ()]
@@ -109,7 +104,6 @@ def compare(runs, **options):
     if args.html:
         from pi_finetune.report.html import write_report
 
-        changed = {k: v for k, v in given.items() if v != OPTIONS[k].get("default")}
         written.append(
             write_report(
                 folder / "report.html",
@@ -141,18 +135,14 @@ def compare(runs, **options):
 def parser(program="python recipes/compare.py"):
     """The command line: runs, and the options."""
     about = inspect.getdoc(compare).split("\n\nArguments")[0]
-    made = argparse.ArgumentParser(
-        prog=program,
-        usage="%(prog)s RUN [RUN ...] [options]",
-        description=about,
-        epilog="examples:\n  %(prog)s results/demo\n"
-        "  %(prog)s results/*/* --set test --baseline mse --html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("runs", nargs="+", help="run folders STRATEGY/SEED, or folders above them")
-    for name, how in OPTIONS.items():
-        made.add_argument(f"--{name}", **how)
-    return made
+    runs = {
+        "dest": "runs",
+        "nargs": "+",
+        "metavar": "RUN",
+        "help": "run folders STRATEGY/SEED, or folders above them",
+    }
+    examples = ["results/demo", "results/*/* --set test --baseline mse --html"]
+    return options_parser(program, runs, about, examples, OPTIONS)
 
 
 @command

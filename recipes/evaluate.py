@@ -2,10 +2,13 @@
 
     python recipes/evaluate.py hparams/evaluate.yaml --run results/soft_dtw/1234
     python recipes/evaluate.py hparams/evaluate.yaml --run "[noisy, pretrained, results/mse/1234]"
+    python recipes/evaluate.py hparams/evaluate.yaml --run noisy --recordings calls --test_set calls
 
 `noisy` scores the unprocessed mixtures, `clean` the speech in them, `pretrained` the enhancer
-that fine-tuning starts from. Interrupted, the same command continues. With `torchrun
---nproc_per_node=N --` in place of `python`, N processes share the utterances.
+that fine-tuning starts from. Real recordings have no clean speech, and so no scores that compare
+with it. `--save_audio FOLDER` keeps all audio, with lists that VERSA and ESPnet read. Interrupted,
+the same command continues. With `torchrun --nproc_per_node=N --` in place of `python`, N processes
+share the utterances.
 """
 
 import sys
@@ -16,8 +19,15 @@ from pi_finetune.config import build, find_hparams, load_hparams
 from pi_finetune.distributed import on_main, rank, start_processes
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import command
+from pi_finetune.inference import Enhancer
 from pi_finetune.results.evaluation import evaluate_system
 from pi_finetune.run_folder import Lock
+
+
+def dataio_prepare(hparams):
+    """The test set: recordings without clean speech if some are named, else pairs."""
+    named = hparams.get("recordings") is not None
+    return on_main(build, hparams["test_recordings" if named else "test_data"])
 
 
 def load_pretrained(hparams, device):
@@ -35,7 +45,8 @@ def load_pretrained(hparams, device):
             folder = Path(hparams["results_folder"], run, "0")
         enhancer = "clean" if run == "clean" else None
         if weights is not None:
-            enhancer = load_enhancer(weights, trust=hparams["trust"]).to(device).eval()
+            module = load_enhancer(weights, trust=hparams["trust"])
+            enhancer = Enhancer(module, device, whole_seconds=hparams["max_seconds"])
         systems.append((folder, enhancer))
     return systems, build(hparams["recognizers"])
 
@@ -45,7 +56,8 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
 
     run names a run folder, noisy, clean, pretrained, or a list of these: noisy scores the
     unprocessed mixtures, clean the speech in them, pretrained the enhancer that fine-tuning starts
-    from. Interrupted, the same call continues.
+    from. recordings names real ones without clean speech, in place of the corpus; save_audio a
+    folder for all audio, with lists for VERSA and ESPnet. Interrupted, the same call continues.
 
     Arguments
     ---------
@@ -63,7 +75,7 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
     )
     device = run_opts.device
     systems, recognizers = load_pretrained(hparams, device)
-    test_data = on_main(build, hparams["test_data"])
+    test_data = dataio_prepare(hparams)
     paths = []
     for folder, enhancer in systems:
         with Lock(folder / "scores" / f".{hparams['test_set']}.lock", "an evaluation"):
@@ -79,6 +91,7 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
                 audio_examples=hparams["audio_examples"],
                 overwrite=hparams["overwrite"],
                 device=device,
+                save_audio=hparams.get("save_audio"),
             )
         paths.append(path)
         if rank() == 0:

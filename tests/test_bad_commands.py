@@ -436,6 +436,67 @@ row(
     folders("d"),
 )
 
+row(
+    "evaluate",
+    "recordings that are not there",
+    "evaluate --run noisy --recordings nowhere --asr_source null",
+    r"nowhere: there is no such file or folder",
+)
+row(
+    "evaluate",
+    "clean speech of recordings",
+    "evaluate --run clean --recordings d --asr_source null",
+    r"run: clean: there is no clean speech of recordings",
+    audio(name="d/a.wav"),
+)
+row(
+    "evaluate",
+    "--channel left",
+    "evaluate --run noisy --recordings d --channel left",
+    r"channel: got left, needed is a whole number",
+)
+row(
+    "evaluate",
+    "audio saved below a file",
+    "evaluate --run noisy --recordings d --asr_source null --save_audio f",
+    r"Cannot write f/inputs/settings\.json: Not a directory",
+    both(audio(name="d/a.wav"), text("f")),
+)
+
+row("check", "no recordings", "check", r"arguments are required: RECORDINGS")
+row("check", "recordings that are not there", "check nowhere", r"nowhere: there is no such file")
+row("check", "--mix 2", "check d --mix 1 2", r"2 is no share above 0 and up to 1")
+row("check", "--mix half", "check d --mix half", r"half is no share above 0 and up to 1")
+row("check", "--utterances 0", "check d --utterances 0", r"--utterances 0: give a whole number")
+row(
+    "check",
+    "a run that is not there",
+    "check d --run nowhere",
+    r"No enhancer\.yaml in nowhere",
+    audio(name="d/a.wav"),
+)
+row(
+    "check",
+    "two runs of one name",
+    "check d --run x/m m",
+    r"--run m: its results would be called m, which something else is",
+    both(audio(name="d/a.wav"), folders("m", "x", "x/m")),
+)
+row(
+    "check",
+    "a recogniser that is not there",
+    "check d --asr_source ./nowhere",
+    r"recogniser folder '\./nowhere' does not exist",
+    both(audio(name="d/a.wav"), text("d/a.trans.txt", content="a ONE\n")),
+)
+row(
+    "check",
+    "results below a file",
+    "check d --output_folder f",
+    r"f cannot be written",
+    both(audio(name="d/a.wav"), text("f")),
+)
+
 row("resample", "a folder that is not there", "recipes/resample.py no new", r"no: no such folder")
 row(
     "resample",

@@ -93,7 +93,7 @@ def test_errors_are_one_paragraph(argv, message, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-OTHERS = ("compare", "show", "enhance", "export", "doctor")
+OTHERS = ("check", "compare", "show", "enhance", "export", "doctor")
 HELPS = [[], *([name] for name in (*cli.RECIPES, *OTHERS))]
 
 
@@ -139,7 +139,7 @@ def test_commands_of_the_readme_are_understood():
     lines = re.findall(r"^pi-finetune (.*)$", text, re.M)
     assert len(lines) > 2
     for words in map(shlex.split, lines):
-        if words[0] in ("compare", "show"):
+        if words[0] in ("check", "compare", "show"):
             assert len(words) > 1
         elif words[0] in cli.RECIPES:
             assert words[1].startswith("--") or find_hparams(words[1])

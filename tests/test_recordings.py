@@ -8,7 +8,6 @@ import pytest
 import soundfile
 
 from pi_finetune.data.recordings import prepare_recordings, read_recording
-from pi_finetune.errors import UserError
 
 
 def tones(seconds=1.0, rate=44100):
@@ -106,33 +105,3 @@ def test_hub(folder, tmp_path_factory, monkeypatch):
     manifest = prepare_recordings(f"hf:{place}:test", channel=1)
     assert manifest["a-x"]["text"] == "ONE"
     assert peak_hz(read_recording(manifest["a-x"])) == pytest.approx(440, abs=2)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("wav.scp", b"rec1 a-1.wav\nrec2 sph2pipe x |\n", r"wav\.scp, line 2: is a command"),
-        ("wav.scp", b"rec1 gone.wav\nrec2 b-2.wav\n", r"wav\.scp|line 1: gone\.wav is missing"),
-        ("segments", b"a-x rec1 0.25 0.75\nb-y rec9 0 1\n", r"segments, line 2: .* no .*rec9"),
-        ("segments", b"a-x rec1 zero 1\n", r"segments, line 1: expected utterance"),
-        ("segments", b"a-x rec1 0.5 3\n", r"segments, line 1: 0\.5 to 3 s is not within"),
-        ("text", b"a-x ONE\nnobody TWO\n", r"text, line 2: nobody is no utterance"),
-        ("text", b"a-x CAF\xe9\n", r"text, line 1: is not UTF-8"),
-        ("x.csv", b"ID,file\na,b\n", r"x\.csv, line 1: a header"),
-        ("x.csv", b"ID,wav\na-x,a-1.wav\na-x,b-2.wav\n", r"x\.csv, line 3: the id a-x is also"),
-        ("x.csv", b"ID,wav,start\na-x,a-1.wav,now\n", r"x\.csv, line 2: start is 'now'"),
-        ("x.csv", b"ID,wav\na-x,a-1.wav,7\n", r"x\.csv, line 2: has another number"),
-        ("x.csv", b"ID,wav,duration\na-x,a-1.wav,7\n", r"line 2: the duration is 7, but"),
-        ("y.jsonl", b'\n{"no": 1}\n', r"y\.jsonl, line 2: is no cut"),
-    ],
-)
-def test_bad_input_names_file_and_line(folder, name, content, message):
-    kaldi(folder)
-    (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        prepare_recordings(folder / name if name[0] in "xy" else folder)
-
-
-def test_a_channel_that_is_not_there(folder):
-    with pytest.raises(UserError, match=r"a-1\.wav: channel 3 is not there"):
-        prepare_recordings(folder, channel=3)

@@ -778,7 +778,7 @@ def test_report_of_the_least_there_can_be(tmp_path):
     bare = {"id": "a", "pesq": 2.0, "stoi": None, "estoi": None, "si_sdr": None}
     write_run(tmp_path, "noisy/0", [bare])
     path = html.write_report(tmp_path / "r.html", compare_runs([tmp_path], bootstrap=FEW))
-    assert "2.000" in path.read_text() and "wer: no score" in path.read_text()
+    assert "2.000" in path.read_text() and "WER: empty, needs transcripts" in path.read_text()
 
 
 CHECK = """<script>addEventListener("load", () => setTimeout(() => {

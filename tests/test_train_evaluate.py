@@ -282,7 +282,7 @@ def test_scores_made_with_other_settings_are_not_mixed(evaluate, capsys):
     evaluate(["noisy"])
     with pytest.raises(SystemExit):
         evaluate(["noisy"], data_seed=1)
-    assert "was made with other pairs. Add --overwrite True" in capsys.readouterr().err
+    assert "was made with other pairs. Add --overwrite to score anew" in capsys.readouterr().err
     results = evaluate(["noisy"], data_seed=1, overwrite=True)
     assert len(scores(results / "noisy/0")) == 6
 

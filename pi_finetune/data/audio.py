@@ -1,17 +1,21 @@
-"""Checked reading of audio: every failure names the file and what to do."""
+"""Checked reading and writing of audio: every failure names the file and what to do."""
 
 import io
+import logging
 import math
 import os
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 from scipy.signal import resample_poly
 from speechbrain.dataio import audio_io
 
 from pi_finetune.errors import UserError
-from pi_finetune.files import shown
+from pi_finetune.files import replacing, shown, why_not_written
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
@@ -99,6 +103,11 @@ def read_audio(path, start=0, frames=-1):
     return wav
 
 
+def libsndfile_says(error):
+    """The reason in an error of soundfile, without the path and its bytes."""
+    return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".")
+
+
 def limit(wav, knee=0.8):
     """Bend what is above ``knee`` so that nothing exceeds full scale; the rest stays as it is.
 
@@ -119,6 +128,27 @@ def limit(wav, knee=0.8):
     """
     over = np.maximum(np.abs(wav) - knee, 0) / (1 - knee)
     return np.sign(wav) * (np.minimum(np.abs(wav), knee) + (1 - knee) * np.tanh(over))
+
+
+def save_flac(path, wav):
+    """Write a waveform [T] at 16 kHz as FLAC with 16 bits a sample; the file appears whole.
+
+    FLAC has no float and would clip: a signal over full scale is limited, with a warning.
+
+    Raises
+    ------
+    UserError
+        The file cannot be written.
+    """
+    peak = float(np.abs(wav).max(initial=0))
+    if peak > 1:
+        wav = limit(wav)
+        logger.warning(f"{path}: the peak is {peak:.2f} times full scale; it was limited.")
+    try:
+        with replacing(path) as temporary:
+            soundfile.write(temporary, wav, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    except (OSError, AssertionError, soundfile.SoundFileError) as error:
+        raise UserError(why_not_written(path, error)) from error
 
 
 def resample(rows, rate, new_rate):

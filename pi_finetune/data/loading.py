@@ -42,6 +42,8 @@ class SpeechPairs(Dataset):
         instead of drawing one. Default: False.
     """
 
+    has_clean = True
+
     def __init__(self, manifest, mixer=None, seed=0, segment_seconds=None, each_snr=False):
         if not manifest:
             raise UserError("The manifest is empty: no utterance matches the chosen splits.")
@@ -59,6 +61,10 @@ class SpeechPairs(Dataset):
         """The id of the pair at ``index``, without reading audio."""
         key, snr = self.items[index]
         return key if snr is None else f"{key}@{snr:g}dB"
+
+    def item_text(self, index):
+        """The transcript of the pair at ``index``, or None."""
+        return self.manifest[self.items[index][0]]["text"]
 
     def seconds(self):
         """Length of each pair in seconds, as it is loaded."""

@@ -1,12 +1,14 @@
 """Real noisy recordings without references: any rate and channel count, in the usual layouts.
 
 A manifest of recordings is like that of :func:`pi_finetune.data.corpora.prepare_speech`, with
-``rate``, ``start`` and ``channel`` beside ``wav``; :func:`read_recording` reads an entry at 16 kHz.
+``rate``, ``start`` and ``channel`` beside ``wav``; :func:`read_recording` reads an entry at 16 kHz,
+and :class:`Recordings` is the data set of a manifest.
 """
 
 import csv
 import fnmatch
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -16,12 +18,93 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from torch.utils.data import Dataset
 
-from pi_finetune.data.audio import SAMPLE_RATE, find_audio, resample
+from pi_finetune.data.audio import SAMPLE_RATE, find_audio, libsndfile_says, resample
 from pi_finetune.data.corpora import read_transcripts
+from pi_finetune.data.loading import choose
 from pi_finetune.data.texts import read_lines, read_table
 from pi_finetune.errors import UserError
 from pi_finetune.files import shown
+
+#: So much is read of a file at once, in samples: what is kept of it is one channel.
+_BLOCK = 1 << 20
+
+
+class Recordings(Dataset):
+    """Recordings without references, addressed by index, as noisy speech.
+
+    In the place of :class:`pi_finetune.data.loading.SpeechPairs` where systems are scored. An item
+    has no ``clean``, and its ``snr`` and ``noise_class`` are None.
+
+    Arguments
+    ---------
+    manifest : dict
+        From :func:`prepare_recordings`.
+    """
+
+    has_clean = False
+
+    def __init__(self, manifest):
+        self.manifest = manifest
+        self.ids = list(manifest)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def item_id(self, index):
+        """The id of the recording at ``index``, without reading audio."""
+        return self.ids[index]
+
+    def item_text(self, index):
+        """The transcript of the recording at ``index``, or None."""
+        return self.manifest[self.ids[index]]["text"]
+
+    def seconds(self):
+        """Length of each recording in seconds."""
+        return [entry["duration"] for entry in self.manifest.values()]
+
+    def fingerprint(self):
+        """A short digest of which parts of which recordings these are, file contents aside."""
+        parts = [
+            (key, *(entry[name] for name in ("start", "duration", "rate", "channel")))
+            for key, entry in self.manifest.items()
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def __getitem__(self, index):
+        key = self.ids[index]
+        entry = self.manifest[key]
+        noisy = read_recording(entry)
+        return {
+            "id": key,
+            "noisy": noisy,
+            "recording": key,
+            "speaker": entry["speaker"],
+            "text": entry["text"],
+            "duration": len(noisy) / SAMPLE_RATE,
+            "snr": None,
+            "noise_class": None,
+        }
+
+
+def load_recordings(source, channel=None, count=None):
+    """The data set of some recordings, for use in YAML.
+
+    Arguments
+    ---------
+    source, channel
+        As for :func:`prepare_recordings`.
+    count : int, optional
+        So many of them, spread over speakers, see :func:`pi_finetune.data.loading.choose`.
+        Default: all.
+
+    Returns
+    -------
+    Recordings
+    """
+    manifest = prepare_recordings(source, channel=channel)
+    return Recordings(manifest if count is None else choose(manifest, count))
 
 
 def prepare_recordings(source, splits=None, channel=None, min_seconds=0.1):
@@ -123,18 +206,29 @@ def read_recording(entry):
     try:
         with soundfile.SoundFile(_opened(wav)) as file:
             file.seek(start)
-            samples = file.read(frames, dtype="float32", always_2d=True)
+            samples = np.concatenate(list(_read_channel(file, frames, entry["channel"])))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{wav}: cannot be read as audio ({error}). Replace the file.") from None
+        raise UserError(
+            f"{wav}: cannot be read as audio ({libsndfile_says(error)}). Replace the file."
+        ) from None
     if len(samples) < frames or not np.isfinite(samples).all():
         raise UserError(
             f"{wav}: ends before, or holds non-finite samples in, {entry['start']:g} to "
             f"{entry['start'] + entry['duration']:g} s. Replace the file."
         )
-    channel = entry["channel"]
-    samples = samples.mean(axis=1) if channel is None else samples[:, channel - 1]
-    resampled = resample(np.ascontiguousarray(samples)[None], rate, SAMPLE_RATE)[0]
+    resampled = resample(samples[None], rate, SAMPLE_RATE)[0]
     return torch.from_numpy(np.ascontiguousarray(resampled))
+
+
+def _read_channel(file, frames, channel):
+    """Yield the next ``frames`` samples [n] of a channel, from 1, or of the mean of all (None)."""
+    yield np.zeros(0, np.float32)
+    while frames > 0:
+        block = file.read(min(frames, _BLOCK), dtype="float32", always_2d=True)
+        if not len(block):
+            return  # the file ends early
+        yield block.mean(axis=1) if channel is None else block[:, channel - 1]
+        frames -= len(block)
 
 
 class HubAudio:
@@ -171,12 +265,9 @@ def _entry(place, wav, start=0.0, stop=None, speaker=None, text=None, channel=No
     try:
         info = soundfile.info(_opened(wav))
     except (OSError, RuntimeError, TypeError) as error:
-        what = (
-            "cannot be read as audio"
-            if isinstance(wav, HubAudio) or os.path.exists(wav)
-            else ("is missing")
-        )
-        raise UserError(f"{place}: {wav} {what} ({error}).") from None
+        there = isinstance(wav, HubAudio) or os.path.exists(wav)
+        what = f"cannot be read as audio ({libsndfile_says(error)})" if there else "is missing"
+        raise UserError(f"{place}: {wav} {what}.") from None
     length = info.frames / info.samplerate
     stop = length if stop is None else stop
     # Manifests round to milliseconds, or to the 10 ms of a frame.

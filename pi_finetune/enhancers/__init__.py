@@ -9,7 +9,7 @@ The compact mask network is the shipped default. The others are there so that a
 result can be checked to hold for more than one kind of model.
 """
 
-from pi_finetune.enhancers.base import SAMPLE_RATE, WaveformEnhancer
+from pi_finetune.enhancers.base import SAMPLE_RATE, WaveformEnhancer, mixed
 from pi_finetune.enhancers.conv_tasnet import ConvTasNet
 from pi_finetune.enhancers.demucs import Demucs, load_denoiser_checkpoint
 from pi_finetune.enhancers.mask import MaskEnhancer
@@ -39,5 +39,6 @@ __all__ = [
     "load_denoiser_checkpoint",
     "load_enhancer",
     "load_weights",
+    "mixed",
     "save_enhancer",
 ]

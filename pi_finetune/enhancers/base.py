@@ -27,6 +27,11 @@ def rms(wavs: Tensor, lengths: Tensor) -> Tensor:
     return (wavs.square().sum(1) / samples + 1e-10).sqrt()[:, None]
 
 
+def mixed(enhanced, noisy, mix):
+    """The share ``mix``, from 0 to 1, of the enhanced signal; the rest is the input."""
+    return mix * enhanced + (1 - mix) * noisy
+
+
 class WaveformEnhancer(nn.Module):
     """Base of all enhancers: argument checks, padding and cropping, the config.
 

@@ -32,6 +32,8 @@ def write_report(
     utterances=None,
     extra_sections=(),
     position_folders=(),
+    title="",
+    answer="",
 ):
     """Write the HTML report.
 
@@ -49,6 +51,10 @@ def write_report(
     position_folders : list of (str or Path)
         What recipes/probe_position.py wrote, ``.../position``: a section each. One that holds
         nothing is passed over.
+    title : str
+        Default: that strategies are compared.
+    answer : str
+        What the report says, in a paragraph, to stand first.
 
     Returns
     -------
@@ -73,6 +79,8 @@ def write_report(
     shown = audio.load_examples(comparison, comparison.metrics[0].recognizer, utterances)
     page = environment.get_template("report.html.j2").render(
         c=comparison,
+        title=title or f"Speech enhancement strategies compared on “{comparison.test_set}”",
+        answer=answer,
         hours=_duration(comparison),
         seeds=sorted({run.seed for run in comparison.runs if run.strategy not in UNTRAINED}),
         palette=_palette(comparison),
@@ -130,7 +138,10 @@ def findings(comparison):
             and other.p_holm is not None
         ]
         text = " ".join(texts)
-        if 1 in (len(found.seeds), len(comparison.summary["wer"][comparison.baseline].seeds)):
+        if not comparison.of_models and 1 in (
+            len(found.seeds),
+            len(comparison.summary["wer"][comparison.baseline].seeds),
+        ):
             text += " With one training seed this is about these runs, not about the strategy."
         result.append((strategy, found.verdict, text + _speed(comparison, strategy)))
     return result

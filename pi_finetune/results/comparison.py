@@ -101,6 +101,7 @@ class Comparison:
     convergence: dict[str, Convergence]
     bootstrap: Bootstrap
     unit: str  # what utterances are drawn by: speaker or recording
+    of_models: bool = False  # systems are models to choose from, and not strategies of training
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -132,6 +133,7 @@ def compare_runs(
     recognizer=None,
     dev_metric=None,
     bootstrap=None,
+    of_models=False,
 ):
     """Compare runs on one test set and by their dev curves.
 
@@ -153,6 +155,9 @@ def compare_runs(
         that every trained run has logged.
     bootstrap : Bootstrap, optional
         How intervals are drawn.
+    of_models : bool
+        The systems are models to choose from: nothing is said of systems or seeds that a comparison
+        of strategies would have. Default: False.
 
     Returns
     -------
@@ -176,13 +181,14 @@ def compare_runs(
     metrics = metrics_of(scored, recognizer)
     units, unit = resampling_units(scored, ids, notes)
     scores = {m.name: metric_scores(scored, ids, m, notes, units) for m in metrics}
+    notes += _never_asked([m for m in metrics if not scores[m.name].asked])
     recordings = len({recording(scored[0].scores[id_]) for id_ in ids})
     if recordings < FEW_RECORDINGS:
         notes.append(
             f"only {recordings} recordings: a bootstrap over so few gives intervals that are too "
             "narrow and p-values that are too small"
         )
-    expected = _expected(runs, baseline, notes)
+    expected = _expected(runs, baseline, notes, of_models)
     if baseline not in {run.strategy for run in scored}:
         notes.append(f"no scores of the baseline {baseline}: no differences, no p-values")
     curves = {m.name: _curves(runs, m) for m in DEV_METRICS}
@@ -207,13 +213,26 @@ def compare_runs(
         convergence=convergence,
         bootstrap=bootstrap,
         unit=unit,
+        of_models=of_models,
         notes=notes,
     )
 
 
-def _expected(runs, baseline, notes):
+def _never_asked(metrics):
+    """Notes on empty columns: what their metrics need."""
+    needs = {"clean": "a clean reference", "transcript": "transcripts, and a recogniser"}
+    return [
+        f"{', '.join(m.title for m in metrics if m.reference == reference)}: empty, needs {what}"
+        for reference, what in needs.items()
+        if any(m.reference == reference for m in metrics)
+    ]
+
+
+def _expected(runs, baseline, notes, of_models):
     """Rows of the table, (system, seed): every run, and what should be there but is not."""
     have = {(run.strategy, run.seed): run for run in runs}
+    if of_models:
+        return list(have)
     trained = sorted({name for name, _ in have if name not in UNTRAINED})
     seeds = sorted({seed for name, seed in have if name not in UNTRAINED})
     rows = {*have, *((name, seed) for name in trained for seed in seeds)}

@@ -1,28 +1,26 @@
-"""Scoring of one system on one test set: a JSON line per utterance, resumable."""
+"""Scoring of systems on one test set: a JSON line per utterance, resumable."""
 
 import collections
+import contextlib
 import glob
 import hashlib
 import json
-import logging
 from pathlib import Path
 
-import numpy as np
 import torch
-from speechbrain.dataio import audio_io
 from speechbrain.utils.distributed import ddp_barrier
 from tqdm import tqdm
 
-from pi_finetune.data.audio import SAMPLE_RATE, limit
+from pi_finetune.data.audio import SAMPLE_RATE, is_silent, save_flac
 from pi_finetune.data.loading import collate
 from pi_finetune.distributed import on_main, processes, rank
+from pi_finetune.enhancers import mixed
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
 from pi_finetune.recognizers import likelihoods, load_recognizer
 from pi_finetune.results import metrics
+from pi_finetune.results.handover import SavedAudio
 from pi_finetune.results.pool import ScorePool
-
-logger = logging.getLogger(__name__)
 
 
 def load_recognizers(sources):
@@ -57,8 +55,30 @@ def load_recognizers(sources):
     return recognizers
 
 
-def evaluate_system(
-    folder,
+#: A longer utterance is a batch by itself.
+LONG_SECONDS = 60
+
+
+def evaluate_system(folder, enhancer, pairs, recognizers, **options):
+    """Score a system and write ``FOLDER/scores/TEST_SET.jsonl``.
+
+    Arguments
+    ---------
+    folder : str or Path
+        ``.../STRATEGY/SEED``, from which strategy and seed of the lines are taken.
+    enhancer, pairs, recognizers, options
+        As of :func:`evaluate_mixes`, and so are the errors.
+
+    Returns
+    -------
+    Path
+        The scores file.
+    """
+    return evaluate_mixes({1.0: folder}, enhancer, pairs, recognizers, **options)[0]
+
+
+def evaluate_mixes(
+    folders,
     enhancer,
     pairs,
     recognizers,
@@ -69,30 +89,35 @@ def evaluate_system(
     audio_examples=0,
     overwrite=False,
     device="cpu",
+    save_audio=None,
+    bar=None,
 ):
-    """Score a system and write ``FOLDER/scores/TEST_SET.jsonl``.
+    """Score systems that differ in the share of the enhanced signal; speech is enhanced once.
 
-    While it runs, lines go to ``TEST_SET.jsonl.part``; the same call after an interruption
+    Each gets a file ``FOLDER/scores/TEST_SET.jsonl``. While it runs, lines go to
+    ``TEST_SET.jsonl.part``; the same call after an interruption
     continues there. Finished scores made with the same settings are left as they are. Under
     ``torchrun`` every process scores its share, into a ``.part`` of its own; the finished file
     is the same for any number of processes.
 
     Arguments
     ---------
-    folder : str or Path
-        ``.../STRATEGY/SEED``, from which strategy and seed of the lines are taken.
+    folders : dict
+        ``{mix: folder}``: the share of the enhanced signal, from 0 to 1 (the rest is the input),
+        and ``.../STRATEGY/SEED``, from which strategy and seed of the lines are taken.
     enhancer : callable, None or "clean"
         ``enhancer(Waveforms) -> Waveforms``; None scores the noisy input, "clean" the target. A
         digest of its weights is kept with the scores, so that those of others are not taken for
         its.
-    pairs : pi_finetune.data.loading.SpeechPairs
-        The test mixtures.
+    pairs : pi_finetune.data.loading.SpeechPairs or pi_finetune.data.recordings.Recordings
+        The test set. Recordings have no clean speech: their lines lack what is compared with it.
+        Of a silent recording, which says nothing, a recogniser's scores are null.
     recognizers : list
         From :mod:`pi_finetune.recognizers`; the first one's WER is the table's.
     test_set : str
         Name of the set, for the file and the lines.
     batch_size : int
-        Utterances enhanced at once.
+        Utterances enhanced at once; one longer than a minute goes by itself.
     workers : int or None
         Processes that compute PESQ and the like while the models go on; see
         :class:`pi_finetune.results.pool.ScorePool`. Default: 0, none.
@@ -102,20 +127,26 @@ def evaluate_system(
         Keep the audio of this many utterances, spread over the set, for listening.
     overwrite : bool
         Discard scores made with other settings instead of raising.
+    device : str or torch.device
+        Of the waveforms.
+    save_audio : str or Path, optional
+        A folder for all audio and its lists, see :mod:`pi_finetune.results.handover`.
+    bar : tqdm, optional
+        Counts utterances of several calls. Default: one for this call.
 
     Returns
     -------
-    Path
-        The scores file.
+    list of Path
+        The scores files.
 
     Raises
     ------
     UserError
-        Scores made with other settings are there.
+        Scores or audio made with other settings are there, or clean speech is asked for where
+        there is none.
     """
-    folder = Path(folder)
-    scores = folder / "scores"
-    final = scores / f"{test_set}.jsonl"
+    if enhancer == "clean" and not pairs.has_clean:
+        raise UserError("run: clean: there is no clean speech of recordings. Leave it out.")
     ids = [pairs.item_id(i) for i in range(len(pairs))]
     settings = {
         "pairs": pairs.fingerprint(),
@@ -123,84 +154,190 @@ def evaluate_system(
         "weights": _digest(enhancer),
         "audio_examples": audio_examples,
     }
-    done = on_main(_begin, final, settings, overwrite)
-    if done is None:
-        return final
-
-    # Batches are cut from the whole set, before anything is left out: so an utterance has the
-    # same neighbours, and the same last digits, in any number of processes.
-    batches = [range(i, min(i + batch_size, len(ids))) for i in range(0, len(ids), batch_size)]
-    todo = [[i for i in batch if ids[i] not in done] for batch in batches]
-    todo = [batch for batch in todo if batch][rank() :: processes()]
+    give = {None: "noisy", "clean": "clean"}.get(enhancer, "enhanced")
+    systems = []
+    for mix, folder in folders.items():
+        own = settings if mix == 1 else {**settings, "mix": mix}
+        system = _System(mix, Path(folder), test_set)
+        system.scored = on_main(_begin, system.final, own, overwrite)
+        system.finished = system.scored is None
+        if system.finished:
+            system.scored = set(ids)
+        if save_audio is not None:
+            system.audio = SavedAudio(save_audio, system.name, give, ids)
+            wanted = {key: own.get(key) for key in ("pairs", "weights", "mix")}
+            on_main(system.audio.begin, wanted, overwrite)
+        systems.append(system)
+    kinds = ("enhanced", "noisy", "clean")[: 3 if pairs.has_clean else 2]
+    todo = [
+        {
+            i
+            for i, id_ in enumerate(ids)
+            if id_ not in system.scored or (system.audio and not system.audio.has(id_, kinds))
+        }
+        for system in systems
+    ]
     examples = {ids[i * len(ids) // audio_examples] for i in range(audio_examples)}
+    batches = _batches(pairs, batch_size, set().union(*todo))[rank() :: processes()]
     loader = torch.utils.data.DataLoader(
-        pairs, batch_sampler=todo, collate_fn=collate, num_workers=num_workers if todo else 0
+        pairs, batch_sampler=batches, collate_fn=collate, num_workers=num_workers if batches else 0
     )
-    strategy, seed = folder.parent.name, folder.name
-    mine = sum(map(len, todo))
-    with (
-        _part(final, rank()).open("a") as file,
-        tqdm(
-            total=mine + len(done),
-            initial=len(done),
-            desc=f"{strategy}/{seed}",
-            unit="utt",
-            disable=rank() > 0,
-        ) as bar,
-        torch.inference_mode(),
-        ScorePool(workers) as pool,
-    ):
+    mine = [sum(i in wanted for batch in batches for i in batch) for wanted in todo]
+    before = [len(ids) - len(wanted) for wanted in todo]
+    with contextlib.ExitStack() as stack:
+        if bar is None:
+            names = ", ".join(system.name for system in systems)
+            bar = tqdm(desc=names, unit="utt", total=0, disable=rank() > 0)
+            bar.total = sum(mine) + sum(before)
+            stack.enter_context(bar)
+        bar.initial += sum(before)  # what was done before took no time now
+        bar.n += sum(before)
+        bar.refresh()
+        for system in systems:
+            if not system.finished:
+                system.file = stack.enter_context(_part(system.final, rank()).open("a"))
+        names = metrics.SIGNAL_SCORES if pairs.has_clean else ()
+        pool = stack.enter_context(ScorePool(workers, names))
+        stack.enter_context(torch.inference_mode())
         waiting = collections.deque()  # lines that want their signal scores, in order
 
         def write(all_of_them=False):
-            while waiting and (all_of_them or waiting[0][0].done()):
-                signal, before, after = waiting.popleft()
-                file.write(json.dumps({**before, **signal.result(), **after}) + "\n")
+            while waiting and (all_of_them or waiting[0][1].done()):
+                system, signal, before, after = waiting.popleft()
+                system.file.write(json.dumps({**before, **signal.result(), **after}) + "\n")
+                system.file.flush()
                 bar.update()
-            file.flush()
 
-        for batch in loader:
-            wavs = (batch.clean if enhancer == "clean" else batch.noisy).to(device)
-            if callable(enhancer):
-                wavs = enhancer(wavs)
-            given = (wavs.data, wavs.lengths)
-            sizes = wavs.lengths.tolist()
-            estimates = [wav.numpy() for wav in wavs.to("cpu").items()]
-            references = [wav.numpy() for wav in batch.clean.items()]
-            signals = [
-                pool.submit(*utterance) for utterance in zip(batch.id, references, estimates)
-            ]
-            heard = [(r, r(*given), likelihoods(r, *given, batch.text)) for r in recognizers]
-            for i, signal in enumerate(signals):
-                utterance, reference = batch.id[i], batch.text[i]
-                before = {
-                    "id": utterance,
-                    "recording": batch.recording[i],
-                    "speaker": batch.speaker[i],
-                    "strategy": strategy,
-                    "seed": seed,
-                    "set": test_set,
-                    "snr": None if batch.snr[i] is None else float(batch.snr[i]),
-                    "noise_class": batch.noise_class[i],
-                    "duration": round(sizes[i] / SAMPLE_RATE, 4),
-                }
-                recognised = {
-                    r.name: {**metrics.recognition_errors(r, reference, texts[i]), **nlls[i]}
-                    for r, texts, nlls in heard
-                    if reference is not None
-                }
-                waiting.append((signal, before, {"asr": recognised}))
-                if utterance in examples:
-                    kinds = {"enhanced": estimates[i]}
-                    if enhancer is None:
-                        noisy = batch.noisy.data[i, : sizes[i]].numpy()
-                        kinds = {"noisy": noisy, "clean": references[i]}
-                    _keep_audio(scores / test_set / "audio", utterance, kinds)
-            write()
+        for places, batch in zip(batches, loader):
+            noisy = batch.noisy.to(device)
+            given = batch.clean.to(device) if enhancer == "clean" else noisy
+            enhanced = enhancer(noisy) if callable(enhancer) else given
+            for system, wanted in zip(systems, todo):
+                rows = [row for row, i in enumerate(places) if i in wanted]
+                if not rows:
+                    continue
+                wavs = enhanced
+                if system.mix != 1:
+                    wavs = noisy.with_data(mixed(enhanced.data, noisy.data, system.mix))
+                wavs = wavs.taken(torch.tensor(rows))
+                if system.audio is not None:
+                    _save(system.audio, batch, rows, wavs)
+                if all(batch.id[row] in system.scored for row in rows):
+                    bar.update(len(rows))
+                    continue
+                waiting += _score(system, batch, rows, wavs, recognizers, pool)
+                for row, wav in zip(rows, wavs.items()):
+                    if batch.id[row] in examples and batch.id[row] not in system.scored:
+                        _keep_example(system, batch, row, wav, give)
+                write()
         write(all_of_them=True)
     ddp_barrier()
-    on_main(_merge, final, ids)
-    return final
+    for system in systems:
+        if not system.finished:
+            on_main(_merge, system.final, ids)
+        if system.audio is not None:
+            texts = {id_: pairs.item_text(i) for i, id_ in enumerate(ids)}
+            on_main(system.audio.finish, kinds, texts)
+    return [system.final for system in systems]
+
+
+class _System:
+    """A system while it is scored: where its scores and its audio go, and what is there."""
+
+    def __init__(self, mix, folder, test_set):
+        self.mix = mix
+        self.strategy, self.seed = folder.parent.name, folder.name
+        self.name = f"{self.strategy}/{self.seed}"
+        self.test_set = test_set
+        self.final = folder / "scores" / f"{test_set}.jsonl"
+        self.scored = set()
+        self.finished = False
+        self.audio = None
+        self.file = None
+
+
+def _batches(pairs, batch_size, todo):
+    """Batches of indices, without those that are not in ``todo``.
+
+    They are cut from the whole set, before anything is left out: so an utterance has the same
+    neighbours, and the same last digits, in any number of processes.
+    """
+    batches, batch = [], []
+    for i, seconds in enumerate(pairs.seconds()):
+        if seconds > LONG_SECONDS:
+            batches.append([i])
+            continue
+        batch.append(i)
+        if len(batch) == batch_size:
+            batches.append(batch)
+            batch = []
+    batches.append(batch)
+    left = [[i for i in batch if i in todo] for batch in batches]
+    return [batch for batch in left if batch]
+
+
+def _score(system, batch, rows, wavs, recognizers, pool):
+    """Score lines of some rows of a batch, of which ``wavs`` is what is scored.
+
+    Yields
+    ------
+    (_System, pi_finetune.results.pool.Scores, dict, dict)
+        The signal scores, and what a line has before and after them.
+    """
+    given, texts = (wavs.data, wavs.lengths), [batch.text[row] for row in rows]
+    clean = _numpy(batch.clean, rows) if hasattr(batch, "clean") else [None] * len(rows)
+    estimates = _numpy(wavs)
+    signals = [pool.submit(batch.id[row], *pair) for row, *pair in zip(rows, clean, estimates)]
+    heard = [(r, r(*given), likelihoods(r, *given, texts)) for r in recognizers]
+    for i, row in enumerate(rows):
+        if batch.id[row] in system.scored:
+            continue
+        silent = is_silent(batch.noisy.items()[row])
+        before = {
+            "id": batch.id[row],
+            "recording": batch.recording[row],
+            "speaker": batch.speaker[row],
+            "strategy": system.strategy,
+            "seed": system.seed,
+            "set": system.test_set,
+            "snr": None if batch.snr[row] is None else float(batch.snr[row]),
+            "noise_class": batch.noise_class[row],
+            "duration": round(len(estimates[i]) / SAMPLE_RATE, 4),
+        }
+        recognised = {
+            r.name: None
+            if silent
+            else {**metrics.recognition_errors(r, texts[i], said[i]), **nlls[i]}
+            for r, said, nlls in heard
+            if texts[i] is not None
+        }
+        yield system, signals[i], before, {"asr": recognised}
+
+
+def _save(audio, batch, rows, wavs):
+    kinds = {"enhanced": _numpy(wavs), "noisy": _numpy(batch.noisy, rows)}
+    if hasattr(batch, "clean"):
+        kinds["clean"] = _numpy(batch.clean, rows)
+    for i, row in enumerate(rows):
+        audio.write(batch.id[row], {kind: items[i] for kind, items in kinds.items()})
+
+
+def _keep_example(system, batch, row, wav, give):
+    """Keep the audio of an utterance for the report: of noisy speech the clean too."""
+    kinds = {"enhanced": wav}
+    if give == "noisy":
+        kinds = {"noisy": wav}
+        if hasattr(batch, "clean"):
+            kinds["clean"] = batch.clean.items()[row]
+    for kind, item in kinds.items():
+        path = system.final.with_suffix("") / "audio" / f"{batch.id[row]}.{kind}.flac"
+        save_flac(path, item.cpu().numpy())
+
+
+def _numpy(wavs, rows=None):
+    """Some rows of ``Waveforms``, or all, as arrays [T]."""
+    items = wavs.to("cpu").items()
+    return [items[row].numpy() for row in (range(len(items)) if rows is None else rows)]
 
 
 def _part(final, rank):
@@ -221,8 +358,8 @@ def _begin(final, settings, overwrite):
         changed = [key for key in settings if earlier.get(key) != settings[key]]
         if changed and not overwrite:
             raise UserError(
-                f"{final} was made with other {', '.join(changed)}. Add --overwrite True to score "
-                "anew, or give this evaluation another name with --test_set."
+                f"{final} was made with other {', '.join(changed)}. Add --overwrite to score anew, "
+                "or name another place (--test_set of evaluate, --output_folder of check)."
             )
         if changed:
             for path in (final, *_parts(final)):
@@ -262,19 +399,9 @@ def _complete_lines(path):
     return {json.loads(line)["id"] for line in whole}
 
 
-def _keep_audio(folder, utterance, kinds):
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, wav in kinds.items():
-        path = folder / f"{utterance}.{kind}.flac"
-        peak = float(np.abs(wav).max())
-        if peak > 1:  # FLAC has no float, and would clip
-            wav = limit(wav)
-            logger.warning(f"{path}: the peak is {peak:.2f} times full scale; it was limited.")
-        audio_io.save(str(path), torch.from_numpy(wav.copy())[None], SAMPLE_RATE)
-
-
 def _digest(enhancer):
     """Of the model in memory: its file may hold another by now, if its training still goes on."""
+    enhancer = getattr(enhancer, "module", enhancer)
     if not isinstance(enhancer, torch.nn.Module):
         return None
     config = json.dumps(getattr(enhancer, "config", None), sort_keys=True, default=str)

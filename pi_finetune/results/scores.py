@@ -120,8 +120,9 @@ class MetricScores:
     ``values[strategy, seed]`` [U] are numerators and ``weights`` [U] denominators: a run's score is
     the ratio of their sums. For WER these are 100 x errors and reference words, for the likelihood
     nats and tokens, for a signal metric its value and 1. ``failed`` counts, for every run, the
-    scores that could not be computed; one that was not asked for (no transcript, another
-    recogniser) is no failure. ``units`` [U] are what :func:`resampling_units` found.
+    scores that could not be computed; one that was not asked for (no transcript, no clean speech,
+    another recogniser) is no failure. ``asked`` says whether any was asked for. ``units`` [U] are
+    what :func:`resampling_units` found.
     """
 
     metric: Metric
@@ -130,6 +131,7 @@ class MetricScores:
     values: dict[tuple[str, int], np.ndarray]
     failed: dict[tuple[str, int], int]
     units: np.ndarray
+    asked: bool = True
 
     def seeds(self, strategy):
         """Seeds of a strategy that have this metric."""
@@ -180,9 +182,10 @@ def metric_scores(runs, ids, metric, notes=None, units=None):
     MetricScores
     """
     units = units or {id_: recording(runs[0].scores[id_]) for id_ in ids}
-    table, lacking, failed = {}, {}, {}
+    table, lacking, failed, asked_for = {}, {}, {}, False
     for run in runs:
         found = [_score(run.scores[id_], metric) for id_ in ids]
+        asked_for = asked_for or any(asked for asked, _ in found)
         table[run.strategy, run.seed] = [score for _, score in found]
         failed[run.strategy, run.seed] = sum(asked and score is None for asked, score in found)
     scorable = {
@@ -198,7 +201,7 @@ def metric_scores(runs, ids, metric, notes=None, units=None):
         kept, used, weights, missing = {}, [], [], list(table)
     if notes is not None:
         dropped = len(scorable) - len(used)
-        if not used:
+        if not used and asked_for:
             notes.append(f"{metric.name}: no score")
         elif dropped:
             culprits = [f"{s}/{n} ({lacking[s, n]})" for s, n in kept if lacking[s, n]]
@@ -212,15 +215,17 @@ def metric_scores(runs, ids, metric, notes=None, units=None):
     values = {key: np.array([row[i][0] for i in used], np.float64) for key, row in kept.items()}
     used_ids = [ids[i] for i in used]
     names = np.array([units[id_] for id_ in used_ids])
-    return MetricScores(metric, used_ids, np.array(weights, float), values, failed, names)
+    weights = np.array(weights, float)
+    return MetricScores(metric, used_ids, weights, values, failed, names, asked_for)
 
 
 def _score(line, metric):
     """Whether the metric was asked for, and (numerator, denominator) of one utterance, or None."""
     if metric.reference == "transcript":
-        entry = (line.get("asr") or {}).get(metric.recognizer)
-        if not entry:
-            return False, None
+        heard = line.get("asr") or {}
+        entry = heard.get(metric.recognizer)
+        if not entry:  # null for a silent recording
+            return metric.recognizer in heard, None
         if metric.title == NLL.title:
             nll = entry.get("nll")
             return "nll" in entry, None if nll is None else (nll, entry["tokens"])
