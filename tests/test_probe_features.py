@@ -28,7 +28,7 @@ def corpus(tmp_path):
         folder.mkdir(parents=True)
         lines = []
         for i in range(count):
-            words = list(rng.permutation(list(WORDS))) + [str(rng.choice(["OH", "EYE"]))]
+            words = [*rng.permutation(list(WORDS)), str(rng.choice(["OH", "EYE"]))]
             words = [w for w, before in zip(words, ["", *words]) if w != before]
             time = np.arange(4800) / 16000
             tones = [0.3 * np.sin(2 * np.pi * WORDS[word] * time) for word in words]

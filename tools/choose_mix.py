@@ -5,7 +5,9 @@
 
 For each share it prints by how much the negative log-likelihood per token of the true transcripts
 differs from that of the unprocessed mixtures, with a paired interval: at each SNR, up to 0 dB, from
-5 dB on, and in all. Below 0 is better. With ``--part test --each_snr`` it is a test.
+5 dB on, and in all. Below 0 is better. Beside it stand the mean PESQ, and by how much the level of
+the output differs from that of the clean speech in the mixture. With ``--part test --each_snr`` it
+is a test.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from pi_finetune.data.loading import load_pairs
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import command
 from pi_finetune.recognizers import load_recognizer
+from pi_finetune.results import metrics
 from pi_finetune.results.statistics import bootstrap_ratio
 
 
@@ -53,7 +56,7 @@ def main(argv=None):
         each_snr=args.each_snr,
     )
     enhancer, recognizer = load_enhancer(args.enhancer).eval(), load_recognizer(args.asr_source)
-    found, snrs = [], []
+    found, snrs, heard = [], [], []
     for index in tqdm(range(len(pairs)), desc="mixtures", disable=None):
         pair = pairs[index]
         if pair["text"] is None:
@@ -64,19 +67,29 @@ def main(argv=None):
         wavs = torch.stack([noisy, *(mix * enhanced + (1 - mix) * noisy for mix in args.mixes)])
         lengths, texts = length.expand(len(wavs)), [pair["text"]] * len(wavs)
         found.append(recognizer.nll(wavs, lengths, texts))
+        clean = pair["clean"].numpy()
+        power = wavs.square().sum(1) / pair["clean"].square().sum()
+        heard.append([[metrics.pesq_wb(clean, wav.numpy()) for wav in wavs], 10 * power.log10()])
         snrs.append(math.inf if pair["snr"] is None else pair["snr"])
     nats = np.array([[nll for nll, _ in row] for row in found])
     tokens = np.array([row[0][1] for row in found])
     snrs = np.array(snrs)
+    pesq = np.array([row[0] for row in heard], dtype=float)  # NaN: none, as of silence
+    level = np.array([row[1].numpy() for row in heard])
     groups = {f"{snr:g} dB": snrs == snr for snr in sorted(set(snrs))}
     groups |= {"up to 0 dB": snrs <= 0, "from 5 dB": snrs >= 5, "all": snrs > -math.inf}
     for name, chosen in groups.items():
         counts = tokens[chosen]
         plain = nats[chosen, 0].sum() / counts.sum() if len(counts) else math.nan
-        print(f"{name}: {len(counts)} mixtures, unprocessed {plain:.3f}")
+        signal = [
+            f"PESQ {np.nanmean(scores):.2f}, level {levels.mean():+.2f} dB"
+            for scores, levels in zip(pesq[chosen].T, level[chosen].T)
+        ]
+        print(f"{name}: {len(counts)} mixtures, unprocessed {plain:.3f}, {signal[0]}")
         for column, mix in enumerate(args.mixes, start=1):
             found = bootstrap_ratio(nats[chosen, column] - nats[chosen, 0], counts)
-            print(f"  mix {mix:.2f}: {found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}]")
+            change = f"{found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+            print(f"  mix {mix:.2f}: {change}, {signal[column]}")
 
 
 if __name__ == "__main__":
