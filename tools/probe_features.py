@@ -32,6 +32,7 @@ from pi_finetune.recognizers import PhonemeTokenizer
 from pi_finetune.report.tables import markdown
 from pi_finetune.results.metrics import recognition_errors, wer
 from pi_finetune.seeding import utterance_rng
+from pi_finetune.settings import check_choice
 from pi_finetune.teacher import Teacher
 
 BANDS = 80
@@ -46,7 +47,8 @@ def main(argv=None):
     parser.add_argument("--train", nargs="+", required=True, help="splits")
     parser.add_argument("--dev", nargs="+", required=True)
     parser.add_argument("--test", nargs="+", required=True)
-    parser.add_argument("--contexts", nargs="+", type=int, default=[1, 3, 9], help="log-mel frames")
+    parser.add_argument("--layers", nargs="*", help="of the teacher. Default: all")
+    parser.add_argument("--contexts", nargs="*", type=int, default=[1, 3, 9], help="log-mel frames")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--lrs", nargs="+", type=float, default=[0.003, 0.01])
     parser.add_argument("--batch_size", type=int, default=16)
@@ -67,8 +69,13 @@ def main(argv=None):
         sets["noisy"] = sets["test"]
         mixers["noisy"] = NoiseMixer(prepare_noise(args.noise_folder, "test"), [args.snr])
     teacher = Teacher(args.teacher)
+    known = {str(name): name for name in teacher.layer_names}
+    layers = list(known) if args.layers is None else args.layers
+    for layer in layers:
+        check_choice("--layers", layer, list(known))
+    layers = [known[layer] for layer in layers]
     features = {
-        part: all_features(teacher, manifest, args.contexts, mixers[part])
+        part: all_features(teacher, layers, manifest, args.contexts, mixers[part])
         for part, manifest in sets.items()
     }
     texts = {part: [entry["text"] for entry in m.values()] for part, m in sets.items()}
@@ -95,9 +102,9 @@ def main(argv=None):
 
 
 @torch.no_grad()
-def all_features(teacher, manifest, contexts, mixer=None, batch_size=8):
+def all_features(teacher, layers, manifest, contexts, mixer=None, batch_size=8):
     """``{name: [[F, D] of each utterance]}``, float16, zero mean and unit variance over F."""
-    names = [f"layer {name}" for name in teacher.layer_names]
+    names = [f"layer {name}" for name in layers]
     found = {name: [] for name in (*names, *(_mel_name(frames) for frames in contexts))}
     items = list(manifest.items())
     for first in range(0, len(items), batch_size):
@@ -106,7 +113,7 @@ def all_features(teacher, manifest, contexts, mixer=None, batch_size=8):
             keys = [key for key, _ in items[first : first + batch_size]]
             draws = (utterance_rng(0, 0, key, "mixture") for key in keys)
             wavs = [mixer(wav, rng)[0] for wav, rng in zip(wavs, draws)]
-        states, lengths = teacher.hidden_states(Waveforms.collate(wavs), layers=teacher.layer_names)
+        states, lengths = teacher.hidden_states(Waveforms.collate(wavs), layers=layers)
         for i, (wav, length) in enumerate(zip(wavs, lengths.tolist())):
             for name, state in zip(names, states):
                 found[name].append(standardised(state[i, :length]))
