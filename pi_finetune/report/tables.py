@@ -259,7 +259,8 @@ def explanation(comparison):
         text += (
             f" * better, † worse than {comparison.baseline} at p < {alpha} after Holm's correction "
             "over the differences of all trained strategies in one family of metrics: recognition "
-            "(what recognisers make of the speech) or signal (comparison with the clean waveform). "
+            "(what recognisers make of the speech), signal (comparison with the clean waveform) or "
+            "quality (opinions of listeners, predicted without a reference). "
             "P(improvement): share of replicates in which the strategy is better."
         )
         margins = {

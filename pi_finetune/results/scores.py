@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pi_finetune.errors import UserError
-from pi_finetune.results.declarations import NLL, PER, SIGNAL_METRICS, WER, Metric
+from pi_finetune.results.declarations import (
+    NLL,
+    PER,
+    SIGNAL_METRICS,
+    WAVEFORM_METRICS,
+    WER,
+    Metric,
+)
 from pi_finetune.results.runs import reference_words
 
 #: Under this many, speakers are not resampled.
@@ -16,7 +23,7 @@ FEW_SPEAKERS = 10
 
 def metrics_of(runs, recognizer=None):
     """The metrics that the runs can be compared by: those of the main recogniser, the signal
-    metrics, those of further recognisers.
+    metrics and what else waveforms were scored by, those of further recognisers.
 
     A recogniser has a word error rate and, where the scores hold one, the negative log-likelihood
     of the true transcripts (``nll``). One of phonemes has a phoneme error rate (PER) as ``wer``.
@@ -57,7 +64,9 @@ def metrics_of(runs, recognizer=None):
         for group in others
         for m in group
     ]
-    return [*main, *SIGNAL_METRICS, *others]
+    computed = {name for run in runs for line in run.scores.values() for name in line}
+    signal = [m for m in WAVEFORM_METRICS if m in SIGNAL_METRICS or m.name in computed]
+    return [*main, *signal, *others]
 
 
 def _recognition(name, unit, likely):
