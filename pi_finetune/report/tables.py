@@ -256,15 +256,12 @@ def explanation(comparison):
     )
     if comparison.baseline is not None:
         alpha = f"{1 - comparison.bootstrap.confidence:.2g}"
-        opinion = any(metric.reference is None for metric in comparison.metrics)
         text += (
             f" * better, † worse than {comparison.baseline} at p < {alpha} after Holm's correction "
             "over the differences of all trained strategies in one family of metrics: recognition "
-            "(what recognisers make of the speech)"
-            + (", " if opinion else " or ")
-            + "signal (comparison with the clean waveform)"
-            + (" or opinion (models of listeners, without a reference)" if opinion else "")
-            + ". P(improvement): share of replicates in which the strategy is better."
+            "(what recognisers make of the speech), signal (comparison with the clean waveform) or "
+            "quality (opinions of listeners, predicted without a reference). "
+            "P(improvement): share of replicates in which the strategy is better."
         )
         margins = {
             m.title: m.margin_text() for m in comparison.main_metrics if m.margin is not None

@@ -33,7 +33,7 @@ FEW_RECORDINGS = 20
 DEV_METRICS = (*(replace(m, title=f"dev {m.title}") for m in (WER, NLL, *SIGNAL_METRICS)),)
 #: Families over which p-values are adjusted: all differences of trained strategies in the metrics
 #: that need this reference.
-FAMILIES = {"transcript": "recognition", "clean": "signal", None: "opinion"}
+FAMILIES = {"transcript": "recognition", "clean": "signal", None: "quality"}
 
 
 @dataclass
