@@ -31,9 +31,7 @@ from pi_finetune.projections import Projection
 from pi_finetune.soft_dtw import soft_dtw
 
 __all__ = [
-    "CompressedSNRLoss",
     "L1STFTLoss",
-    "LevelLoss",
     "MSEDistance",
     "RepresentationObjective",
     "SISDRLoss",
@@ -386,14 +384,6 @@ def _valid_samples(
     return x, y, enhanced.lengths
 
 
-def _spectrum(wavs: Tensor, window_length: int, hop: int) -> Tensor:
-    """Complex spectra [B, bins, frames] of wavs [B, T], a Hann window, zeros around the signal."""
-    window = torch.hann_window(window_length, device=wavs.device)
-    return torch.stft(
-        wavs, window_length, hop_length=hop, window=window, pad_mode="constant", return_complex=True
-    )
-
-
 class SISDRLoss(nn.Module):
     """Negative SI-SDR in dB (Le Roux et al., ICASSP 2019), means removed over valid samples."""
 
@@ -487,95 +477,17 @@ class L1STFTLoss(nn.Module):
 
     @staticmethod
     def _magnitude(wavs: Tensor, window_length: int) -> Tensor:
-        spectrum = _spectrum(wavs, window_length, window_length // 4)
+        window = torch.hann_window(window_length, device=wavs.device)
+        spectrum = torch.stft(
+            wavs,
+            window_length,
+            hop_length=window_length // 4,
+            window=window,
+            pad_mode="constant",
+            return_complex=True,
+        )
         power = spectrum.real.square() + spectrum.imag.square()
         return (power + 1e-10).sqrt()  # the root has no gradient at digital silence
-
-
-class LevelLoss(nn.Module):
-    """Squared difference in level, dB^2: ``(10 log10 |x|^2 / |y|^2)^2``.
-
-    The best estimate in the sense of the SNR is too low where noise hides the speech: what cannot
-    be known is left out. Beside an :class:`SNRLoss` this term keeps the level.
-
-    Example
-    -------
-    >>> clean, lengths = torch.sin(torch.arange(100.0))[None], torch.tensor([100])
-    >>> round(float(LevelLoss()(2.0 * clean, clean, lengths).sqrt()), 2)
-    6.02
-    """
-
-    def forward(
-        self,
-        enhanced: Tensor | Waveforms,
-        clean: Tensor | Waveforms,
-        lengths: Any = None,
-        rngs: Rngs = None,
-    ) -> Tensor:
-        x, y, samples = _valid_samples(enhanced, clean, lengths)
-        count = on_device(samples, x.device)
-        # In silence (-80 dB) there is no level to keep.
-        power = (wavs.square().sum(1) / count + 1e-8 for wavs in (x, y))
-        return (10 * torch.log10(next(power) / next(power))).square()
-
-
-class CompressedSNRLoss(nn.Module):
-    """As :class:`SNRLoss`, between spectra whose magnitudes are raised to a power below 1.
-
-    Quiet parts, which carry consonants, weigh nearly as much as loud ones. With X, Y the
-    spectra of enhanced and clean speech and c the power, the error is the mean over bins of
-    ``(1 - a) (|X|^c - |Y|^c)^2 + a |X |X|^(c-1) - Y |Y|^(c-1)|^2``, over the mean of ``|Y|^2c``
-    (Braun and Tashev, "Data augmentation and loss normalization for deep noise suppression",
-    SPECOM 2020; theirs is the error itself, a sum over all of a batch).
-
-    Arguments
-    ---------
-    compression : float
-        c. Default: 0.3.
-    complex_weight : float
-        a. Default: 0.3.
-    max_snr : float
-        In dB, as of :class:`SNRLoss`. Default: 30.
-    window_length : int
-        In samples; the hop is half of it. Default: 512.
-    """
-
-    def __init__(
-        self,
-        compression: float = 0.3,
-        complex_weight: float = 0.3,
-        max_snr: float = 30.0,
-        window_length: int = 512,
-    ):
-        super().__init__()
-        self.compression, self.complex_weight = compression, complex_weight
-        self.threshold = 10 ** (-max_snr / 10)
-        self.window_length = window_length
-
-    def forward(
-        self,
-        enhanced: Tensor | Waveforms,
-        clean: Tensor | Waveforms,
-        lengths: Any = None,
-        rngs: Rngs = None,
-    ) -> Tensor:
-        x, y, samples = _valid_samples(enhanced, clean, lengths)
-        level = (y.square().sum(1) / on_device(samples, y.device) + 1e-8).sqrt()[:, None]
-        (x_size, *x_parts), (y_size, *y_parts) = (self._compressed(w / level) for w in (x, y))
-        error = (1 - self.complex_weight) * (x_size - y_size).square()
-        for a, b in zip(x_parts, y_parts):
-            error = error + self.complex_weight * (a - b).square()
-        frames = samples // (self.window_length // 2) + 1
-        error, power = (zero_beyond(e.mean(1), frames).sum(1) for e in (error, y_size.square()))
-        return 10 * torch.log10(error / (power + 1e-8) + self.threshold)
-
-    def _compressed(self, wavs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Magnitude, real and imaginary part, [B, bins, frames] each."""
-        spectrum = _spectrum(wavs, self.window_length, self.window_length // 2)
-        power = spectrum.real.square() + spectrum.imag.square() + 1e-5
-        scale = power ** ((self.compression - 1) / 2)
-        size = power ** (self.compression / 2)
-        return size, spectrum.real * scale, spectrum.imag * scale
 
 
 class WeightedSum(nn.Module):
