@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "utterances": {"type": int, "help": "so many, spread over speakers; default: all"},
     "output_folder": {"metavar": "DIR", "help": "default: checks/NAME"},
     "batch_size": {"type": int, "default": 4, "help": "utterances at once (%(default)s)"},
+    "workers": {"type": int, "default": 1, "help": "processes that compute scores (%(default)s)"},
     "device": {"help": "cpu or cuda; default: a GPU if there is one"},
     "overwrite": {
         "action": "store_true",
@@ -138,6 +139,8 @@ def check(recordings, **options):
                 recognizers,
                 test_set=TEST_SET,
                 batch_size=args.batch_size,
+                workers=args.workers,
+                num_workers=1,
                 audio_examples=3,
                 overwrite=args.overwrite,
                 device=device,

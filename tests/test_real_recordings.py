@@ -14,11 +14,20 @@ from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import UserError
 from pi_finetune.inference import Enhancer
 from pi_finetune.lengths import Waveforms
+from pi_finetune.results import declarations
 from pi_finetune.results.comparison import compare_runs
 from pi_finetune.results.evaluation import evaluate_mixes, evaluate_system
 from pi_finetune.results.statistics import Bootstrap
 
 RATE = 44100
+WITHOUT_REFERENCE = "pi_finetune.results.evaluation.without_reference"
+REAL = declarations.without_reference
+
+
+@pytest.fixture(autouse=True)
+def no_dnsmos(monkeypatch):
+    """It takes a second of computing an utterance."""
+    monkeypatch.setattr(WITHOUT_REFERENCE, lambda: [])
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +75,24 @@ def test_recordings_are_scored_by_what_needs_no_clean_speech(calls, evaluate, pr
     assert row["pesq"] == "" and float(row["wer"]) > 0 and row["failed_pesq"] == "0"
     for page in ("summary.md", "report.html"):
         assert "needs a clean reference" in (results / page).read_text()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_what_needs_no_clean_speech_is_computed_if_installed(tmp_path, monkeypatch, installed):
+    pytest.importorskip("speechmos")
+    for name, scale in (("a-0", 0.1), ("b-0", 0.0)):  # the second is silent
+        wav = scale * np.random.default_rng(0).standard_normal(16000)
+        soundfile.write(tmp_path / f"{name}.wav", wav, 16000)
+    monkeypatch.setattr(WITHOUT_REFERENCE, REAL)
+    if not installed:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    evaluate_system(tmp_path / "noisy" / "0", None, load_recordings(tmp_path), [])
+    found = compare_runs([tmp_path], baseline="noisy", bootstrap=Bootstrap(replicates=9))
+    names = [metric.name for metric in found.metrics if metric.reference is None]
+    assert names == (REAL() if installed else [])
+    for name in names:
+        assert found.scores[name].failed["noisy", 0] == 1
+        assert 1 <= found.scores[name].mean("noisy") <= 5
 
 
 def test_without_transcripts_no_recogniser_is_judged(calls, evaluate):
@@ -176,9 +203,7 @@ def table(path):
 
 def test_saved_audio_is_what_was_scored_in_lists_that_others_read(evaluate, corpus, tmp_path):
     saved = tmp_path / "saved"
-    results = evaluate(
-        ["noisy", "pretrained"], save_audio=saved, each_snr=True, snrs="[0, 10]", workers=1
-    )
+    results = evaluate(["noisy", "pretrained"], save_audio=saved, each_snr=True, snrs="[0, 10]")
     lines = {line["id"]: line for line in scores(results / "pretrained/0")}
     folder = saved / "pretrained/0"
     lists = {name: table(folder / f"{name}.scp") for name in ("enhanced", "noisy", "clean")}

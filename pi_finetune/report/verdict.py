@@ -175,7 +175,9 @@ def _needed(found, count):
     if needed <= count:
         return " Correction for the number of systems tried takes the certainty: try fewer."
     digits = 1 - math.floor(math.log10(needed))
-    return f" If that stays as it is, about {round(needed, digits):.0f} recordings would tell."
+    return (
+        f" If that stays as it is, about {round(needed, digits):.0f} recordings in all would tell."
+    )
 
 
 def _recordings(count):

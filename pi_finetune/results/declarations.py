@@ -176,9 +176,20 @@ def check_metrics(names):
     """
     for name in names:
         check_choice("metrics", name, CHOICES)
-        lacking = [p for p in CHOICES[name].packages if importlib.util.find_spec(p) is None]
+        lacking = _lacking(CHOICES[name])
         if lacking:
             raise UserError(
                 f"metrics: {name} needs {' and '.join(lacking)}, not installed here. The extra "
                 "metrics brings them: pip install 'pi_finetune[metrics]'."
             )
+
+
+def without_reference():
+    """Names of the metrics of waveforms that need no clean speech, as far as their packages are
+    installed: what real recordings are scored by.
+    """
+    return [m.name for m in WAVEFORM_METRICS if not m.needs_reference and not _lacking(m)]
+
+
+def _lacking(metric):
+    return [name for name in metric.packages if importlib.util.find_spec(name) is None]

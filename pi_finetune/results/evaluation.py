@@ -19,6 +19,7 @@ from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
 from pi_finetune.recognizers import likelihoods, load_recognizer
 from pi_finetune.results import metrics
+from pi_finetune.results.declarations import without_reference
 from pi_finetune.results.handover import SavedAudio
 from pi_finetune.results.pool import ScorePool
 
@@ -110,7 +111,8 @@ def evaluate_mixes(
         digest of its weights is kept with the scores, so that those of others are not taken for
         its.
     pairs : pi_finetune.data.loading.SpeechPairs or pi_finetune.data.recordings.Recordings
-        The test set. Recordings have no clean speech: their lines lack what is compared with it.
+        The test set. Recordings have no clean speech: they are scored by what needs none
+        (``declarations.without_reference``), and their lines lack the rest.
         Of a silent recording, which says nothing, a recogniser's scores are null.
     recognizers : list
         From :mod:`pi_finetune.recognizers`; the first one's WER is the table's.
@@ -154,6 +156,9 @@ def evaluate_mixes(
         "weights": _digest(enhancer),
         "audio_examples": audio_examples,
     }
+    names = metrics.SIGNAL_SCORES
+    if not pairs.has_clean:
+        names = settings["metrics"] = without_reference()
     give = {None: "noisy", "clean": "clean"}.get(enhancer, "enhanced")
     systems = []
     for mix, folder in folders.items():
@@ -186,8 +191,8 @@ def evaluate_mixes(
     before = [len(ids) - len(wanted) for wanted in todo]
     with contextlib.ExitStack() as stack:
         if bar is None:
-            names = ", ".join(system.name for system in systems)
-            bar = tqdm(desc=names, unit="utt", total=0, disable=rank() > 0)
+            about = ", ".join(system.name for system in systems)
+            bar = tqdm(desc=about, unit="utt", total=0, disable=rank() > 0)
             bar.total = sum(mine) + sum(before)
             stack.enter_context(bar)
         bar.initial += sum(before)  # what was done before took no time now
@@ -196,7 +201,6 @@ def evaluate_mixes(
         for system in systems:
             if not system.finished:
                 system.file = stack.enter_context(_part(system.final, rank()).open("a"))
-        names = metrics.SIGNAL_SCORES if pairs.has_clean else ()
         pool = stack.enter_context(ScorePool(workers, names))
         stack.enter_context(torch.inference_mode())
         waiting = collections.deque()  # lines that want their signal scores, in order
@@ -222,8 +226,9 @@ def evaluate_mixes(
                 wavs = wavs.taken(torch.tensor(rows))
                 if system.audio is not None:
                     _save(system.audio, batch, rows, wavs)
-                if all(batch.id[row] in system.scored for row in rows):
-                    bar.update(len(rows))
+                known = sum(batch.id[row] in system.scored for row in rows)
+                bar.update(known)
+                if known == len(rows):
                     continue
                 waiting += _score(system, batch, rows, wavs, recognizers, pool)
                 for row, wav in zip(rows, wavs.items()):
