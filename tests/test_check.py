@@ -59,7 +59,7 @@ def test_a_system_with_fewer_errors_is_recommended(tmp_path, rng):
     ).groups()
     assert f"Use A at mix 0.5: word errors fall from {a:.1f} % to {b:.1f} %" in found.text
     assert float(high) < a - b < float(low) and "best of 2 that were tried" in found.text
-    assert "NLL falls from 2.0" in found.text  # by what nats it is said too
+    assert "The negative log-likelihood of the true transcripts falls from 2.0" in found.text
 
 
 def test_systems_with_more_errors_are_not(tmp_path, rng):

@@ -134,8 +134,10 @@ def _change(comparison, name, system):
     d = comparison.summary[name][system].difference
     unit = " %" if metric.unit == "%" else ""
     digits = 1 if unit else metric.digits - 1
-    what = {"WER": "word errors", "PER": "phoneme errors"}.get(metric.title, metric.title)
-    one = what == metric.title
+    several = {"WER": "word errors", "PER": "phoneme errors"}
+    single = {"NLL": "the negative log-likelihood of the true transcripts"}
+    what = {**several, **single}.get(metric.title, metric.title)
+    one = metric.title not in several
     a, b = number(before, digits), number(level, digits)
     verb = "stays" if one else "stay"
     if a != b:
