@@ -102,10 +102,21 @@ PACKAGES = {
     "gruut": "pip install gruut: phoneme recognition needs it",
     "speechmos": "pip install 'pi_finetune[metrics]': DNSMOS needs it, librosa and onnxruntime",
     "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",
+    "lhotse": "pip install lhotse: cuts as --data_folder need it",
+    "datasets": "pip install datasets: --data_folder hf:NAME needs it",
+    "pyroomacoustics": "pip install pyroomacoustics: --rir_folder simulated needs it",
 }
 #: Those whose libraries may not fit the machine or torch: they are imported to see.
 BINARY = ("torch", "torchaudio", "soundfile", "numba", "pesq")
-OPTIONAL = {"triton", "gruut", "speechmos", "onnxscript"}
+OPTIONAL = {
+    "triton",
+    "gruut",
+    "speechmos",
+    "onnxscript",
+    "lhotse",
+    "datasets",
+    "pyroomacoustics",
+}
 
 
 def parser():
