@@ -79,6 +79,11 @@ EXPORT_EXAMPLES = """examples:
   pi-finetune enhance noisy.wav -o enhanced.wav --model my-enhancer
 """
 
+PUSH_EXAMPLES = """examples:
+  pi-finetune push results/soft_dtw/1234 me/my-enhancer --license cc-by-4.0 --dry_run
+  pi-finetune push results/soft_dtw/1234 me/my-enhancer --license cc-by-4.0 --private
+"""
+
 # What each package is for; those that `pip install` may leave out or break come with a remedy.
 PACKAGES = {
     "torch": "pip install -r requirements.txt",
@@ -183,21 +188,28 @@ def parser():
     )
     export.add_argument("run_or_hub", metavar="RUN", help="run folder, or name on the hub")
     export.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
-    export.add_argument(
-        "--format",
-        nargs="+",
-        choices=("speechbrain", "onnx", "torch"),
-        default=["speechbrain"],
-        help="speechbrain: hyperparams.yaml and enhancer.ckpt (default); onnx: enhancer.onnx; "
-        "torch: enhancer.pt2, a torch.export program",
-    )
-    export.add_argument(
-        "--license", metavar="ID", help="for the model card, e.g. cc-by-4.0 (default: none stated)"
-    )
-    export.add_argument(
-        "--trust", action="store_true", help="allow the run's folder to run code of its own"
-    )
+    _add_export_options(export)
     export.set_defaults(run=run_export)
+
+    push = commands.add_parser(
+        "push",
+        help="upload a trained model to the hub",
+        description="Export a run, see pi-finetune export, and upload the folder to the hub, with "
+        "a model card\nthat has the scores of its evaluation.",
+        epilog=PUSH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    push.add_argument("run_or_hub", metavar="RUN", help="run folder, or name on the hub")
+    push.add_argument("repo", metavar="REPO", help="OWNER/NAME on the hub; made if missing")
+    _add_export_options(push)
+    push.add_argument("--private", action="store_true", help="make the repository a private one")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+    push.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="show what would be uploaded; needs no network and no login",
+    )
+    push.set_defaults(run=run_push)
 
     doctor = commands.add_parser(
         "doctor",
@@ -209,6 +221,24 @@ def parser():
     )
     doctor.set_defaults(run=run_doctor)
     return top
+
+
+def _add_export_options(command):
+    """The options that export and push share."""
+    command.add_argument(
+        "--format",
+        nargs="+",
+        choices=("speechbrain", "onnx", "torch"),
+        default=["speechbrain"],
+        help="speechbrain: hyperparams.yaml and enhancer.ckpt (default); onnx: enhancer.onnx; "
+        "torch: enhancer.pt2, a torch.export program",
+    )
+    command.add_argument(
+        "--license", metavar="ID", help="for the model card, e.g. cc-by-4.0 (default: none stated)"
+    )
+    command.add_argument(
+        "--trust", action="store_true", help="allow the run's folder to run code of its own"
+    )
 
 
 def recipe_text(module, function):
@@ -412,6 +442,28 @@ def run_export(options):
     )
     for path in files:
         print(path)
+    return 0
+
+
+def run_push(options):
+    """Upload a run, or show what would be uploaded."""
+    from pi_finetune.export import push_run
+
+    pushed = push_run(
+        options.run_or_hub,
+        options.repo,
+        options.format,
+        options.trust,
+        options.license,
+        private=True if options.private else None,
+        message=options.message,
+        dry_run=options.dry_run,
+    )
+    print(f"{pushed.repo}: a model{', private' if pushed.private else ''}")
+    for name, size in pushed.files.items():
+        print(f"  {size:>12,} bytes  {name}")
+    print(f"\n{pushed.card}\n")
+    print(pushed.url or "Nothing was uploaded: this was a dry run.")
     return 0
 
 

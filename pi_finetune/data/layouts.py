@@ -24,7 +24,6 @@ from pi_finetune.data.texts import read_lines, read_table, read_transcripts
 from pi_finetune.errors import UserError
 from pi_finetune.files import shown
 
-
 #: So much is read of a file at once, in samples: what is kept of it is one channel.
 _BLOCK = 1 << 20
 
