@@ -84,6 +84,11 @@ PUSH_EXAMPLES = """examples:
   pi-finetune push results/soft_dtw/1234 me/my-enhancer --license cc-by-4.0 --private
 """
 
+PAGE_EXAMPLES = """examples:
+  pi-finetune demo-page
+  pi-finetune demo-page --run results/soft_dtw/1234 --asr_source openai/whisper-tiny.en --mix 0.8
+"""
+
 # What each package is for; those that `pip install` may leave out or break come with a remedy.
 PACKAGES = {
     "torch": "pip install -r requirements.txt",
@@ -109,6 +114,7 @@ PACKAGES = {
     "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",
     "lhotse": "pip install lhotse: cuts as --data_folder need it",
     "datasets": "pip install datasets: --data_folder hf:NAME needs it",
+    "gradio": "pip install gradio: demo-page needs it",
     "pyroomacoustics": "pip install pyroomacoustics: --rir_folder simulated needs it",
 }
 #: Those whose libraries may not fit the machine or torch: they are imported to see.
@@ -121,6 +127,7 @@ OPTIONAL = {
     "lhotse",
     "datasets",
     "pyroomacoustics",
+    "gradio",
 }
 
 
@@ -210,6 +217,30 @@ def parser():
         help="show what would be uploaded; needs no network and no login",
     )
     push.set_defaults(run=run_push)
+
+    page = commands.add_parser(
+        "demo-page",
+        help="hear and see in the browser what a model does",
+        description="Serve a page: upload or record, hear noisy and enhanced, see spectrograms, "
+        "and what a recogniser hears.\nIt needs gradio (pip install gradio); nothing is fetched "
+        "from or sent to the internet.",
+        epilog=PAGE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    page.add_argument("--run", metavar="RUN", dest="model", help="as --model of enhance")
+    page.add_argument(
+        "--asr_source",
+        metavar="SOURCE",
+        default=str(PROJECT_ROOT / "assets" / "models" / "asr"),
+        help="recogniser, as of evaluate; null for none (default: the shipped one)",
+    )
+    page.add_argument("--mix", type=_share, default=1.0, metavar="0..1", help="first value")
+    page.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    page.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    page.add_argument(
+        "--trust", action="store_true", help="allow the model folder to run code of its own"
+    )
+    page.set_defaults(run=run_page)
 
     doctor = commands.add_parser(
         "doctor",
@@ -464,6 +495,15 @@ def run_push(options):
         print(f"  {size:>12,} bytes  {name}")
     print(f"\n{pushed.card}\n")
     print(pushed.url or "Nothing was uploaded: this was a dry run.")
+    return 0
+
+
+def run_page(options):
+    """Serve the page until it is interrupted."""
+    from pi_finetune.page import Page
+
+    asr = None if options.asr_source == "null" else options.asr_source
+    Page(options.model, asr, options.mix, options.trust).launch(options.host, options.port)
     return 0
 
 
