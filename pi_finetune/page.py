@@ -134,7 +134,7 @@ class Page:
             with gradio.Row():
                 given = gradio.Audio(
                     label="Recording", sources=["upload", "microphone"], type="filepath",
-                    elem_id="given",
+                    elem_id="given", buttons=[],
                 )  # fmt: skip
                 with gradio.Column():
                     text = gradio.Textbox(
@@ -149,7 +149,9 @@ class Page:
                     button = gradio.Button("Enhance", variant="primary", elem_id="enhance")
             with gradio.Row():
                 heard = [
-                    gradio.Audio(label=name, interactive=False, elem_id=name.lower())
+                    gradio.Audio(
+                        label=name, interactive=False, elem_id=name.lower(), buttons=["download"]
+                    )
                     for name in ("Noisy", "Enhanced")
                 ]
             told = gradio.HTML(elem_id="told")

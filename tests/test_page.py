@@ -106,7 +106,8 @@ def test_in_chromium(page, recording, tmp_path):
             )
             assert images == [960, 960]
             for name in ("noisy", "enhanced"):
-                browser.wait(f"!!document.querySelector('#{name} audio, #{name} [data-testid]')")
+                # The player has decoded it.
+                browser.wait(f"document.querySelector('#{name}').textContent.includes('0:02')")
                 told = browser.evaluate(f"document.querySelector('.errors-{name}').textContent")
                 assert " in 3 (" in told
             browser.screenshot(tmp_path / "page.png")
