@@ -79,6 +79,16 @@ EXPORT_EXAMPLES = """examples:
   pi-finetune enhance noisy.wav -o enhanced.wav --model my-enhancer
 """
 
+PUSH_EXAMPLES = """examples:
+  pi-finetune push results/soft_dtw/1234 me/my-enhancer --license cc-by-4.0 --dry_run
+  pi-finetune push results/soft_dtw/1234 me/my-enhancer --license cc-by-4.0 --private
+"""
+
+PAGE_EXAMPLES = """examples:
+  pi-finetune demo-page
+  pi-finetune demo-page --run results/soft_dtw/1234 --asr_source openai/whisper-tiny.en --mix 0.8
+"""
+
 # What each package is for; those that `pip install` may leave out or break come with a remedy.
 PACKAGES = {
     "torch": "pip install -r requirements.txt",
@@ -102,10 +112,23 @@ PACKAGES = {
     "gruut": "pip install gruut: phoneme recognition needs it",
     "speechmos": "pip install 'pi_finetune[metrics]': DNSMOS needs it, librosa and onnxruntime",
     "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",
+    "lhotse": "pip install lhotse: cuts as --data_folder need it",
+    "datasets": "pip install datasets: --data_folder hf:NAME needs it",
+    "gradio": "pip install gradio: demo-page needs it",
+    "pyroomacoustics": "pip install pyroomacoustics: --rir_folder simulated needs it",
 }
 #: Those whose libraries may not fit the machine or torch: they are imported to see.
 BINARY = ("torch", "torchaudio", "soundfile", "numba", "pesq")
-OPTIONAL = {"triton", "gruut", "speechmos", "onnxscript"}
+OPTIONAL = {
+    "triton",
+    "gruut",
+    "speechmos",
+    "onnxscript",
+    "lhotse",
+    "datasets",
+    "pyroomacoustics",
+    "gradio",
+}
 
 
 def parser():
@@ -172,21 +195,52 @@ def parser():
     )
     export.add_argument("run_or_hub", metavar="RUN", help="run folder, or name on the hub")
     export.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
-    export.add_argument(
-        "--format",
-        nargs="+",
-        choices=("speechbrain", "onnx", "torch"),
-        default=["speechbrain"],
-        help="speechbrain: hyperparams.yaml and enhancer.ckpt (default); onnx: enhancer.onnx; "
-        "torch: enhancer.pt2, a torch.export program",
-    )
-    export.add_argument(
-        "--license", metavar="ID", help="for the model card, e.g. cc-by-4.0 (default: none stated)"
-    )
-    export.add_argument(
-        "--trust", action="store_true", help="allow the run's folder to run code of its own"
-    )
+    _add_export_options(export)
     export.set_defaults(run=run_export)
+
+    push = commands.add_parser(
+        "push",
+        help="upload a trained model to the hub",
+        description="Export a run, see pi-finetune export, and upload the folder to the hub, with "
+        "a model card\nthat has the scores of its evaluation.",
+        epilog=PUSH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    push.add_argument("run_or_hub", metavar="RUN", help="run folder, or name on the hub")
+    push.add_argument("repo", metavar="REPO", help="OWNER/NAME on the hub; made if missing")
+    _add_export_options(push)
+    push.add_argument("--private", action="store_true", help="make the repository a private one")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+    push.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="show what would be uploaded; needs no network and no login",
+    )
+    push.set_defaults(run=run_push)
+
+    page = commands.add_parser(
+        "demo-page",
+        help="hear and see in the browser what a model does",
+        description="Serve a page: upload or record, hear noisy and enhanced, see spectrograms, "
+        "and what a recogniser hears.\nIt needs gradio (pip install gradio); nothing is fetched "
+        "from or sent to the internet.",
+        epilog=PAGE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    page.add_argument("--run", metavar="RUN", dest="model", help="as --model of enhance")
+    page.add_argument(
+        "--asr_source",
+        metavar="SOURCE",
+        default=str(PROJECT_ROOT / "assets" / "models" / "asr"),
+        help="recogniser, as of evaluate; null for none (default: the shipped one)",
+    )
+    page.add_argument("--mix", type=_share, default=1.0, metavar="0..1", help="first value")
+    page.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    page.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    page.add_argument(
+        "--trust", action="store_true", help="allow the model folder to run code of its own"
+    )
+    page.set_defaults(run=run_page)
 
     doctor = commands.add_parser(
         "doctor",
@@ -198,6 +252,24 @@ def parser():
     )
     doctor.set_defaults(run=run_doctor)
     return top
+
+
+def _add_export_options(command):
+    """The options that export and push share."""
+    command.add_argument(
+        "--format",
+        nargs="+",
+        choices=("speechbrain", "onnx", "torch"),
+        default=["speechbrain"],
+        help="speechbrain: hyperparams.yaml and enhancer.ckpt (default); onnx: enhancer.onnx; "
+        "torch: enhancer.pt2, a torch.export program",
+    )
+    command.add_argument(
+        "--license", metavar="ID", help="for the model card, e.g. cc-by-4.0 (default: none stated)"
+    )
+    command.add_argument(
+        "--trust", action="store_true", help="allow the run's folder to run code of its own"
+    )
 
 
 def recipe_text(module, function):
@@ -401,6 +473,37 @@ def run_export(options):
     )
     for path in files:
         print(path)
+    return 0
+
+
+def run_push(options):
+    """Upload a run, or show what would be uploaded."""
+    from pi_finetune.export import push_run
+
+    pushed = push_run(
+        options.run_or_hub,
+        options.repo,
+        options.format,
+        options.trust,
+        options.license,
+        private=True if options.private else None,
+        message=options.message,
+        dry_run=options.dry_run,
+    )
+    print(f"{pushed.repo}: a model{', private' if pushed.private else ''}")
+    for name, size in pushed.files.items():
+        print(f"  {size:>12,} bytes  {name}")
+    print(f"\n{pushed.card}\n")
+    print(pushed.url or "Nothing was uploaded: this was a dry run.")
+    return 0
+
+
+def run_page(options):
+    """Serve the page until it is interrupted."""
+    from pi_finetune.page import Page
+
+    asr = None if options.asr_source == "null" else options.asr_source
+    Page(options.model, asr, options.mix, options.trust).launch(options.host, options.port)
     return 0
 
 

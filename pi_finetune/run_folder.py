@@ -278,7 +278,7 @@ def session(run_options, device):
 
 
 def data_digest(dataset):
-    """A digest of ids and durations, and of the noises, wherever they lie; None without any."""
+    """A digest of ids and durations, of noises and rooms, wherever they lie; None without any."""
     manifest = getattr(dataset, "manifest", None)
     if manifest is None:
         return None
@@ -289,7 +289,11 @@ def data_digest(dataset):
         for entry in entries
     )
     utterances = sorted((key, round(entry["duration"], 3)) for key, entry in manifest.items())
-    return hashlib.sha256(json.dumps([utterances, noises]).encode()).hexdigest()[:16]
+    described = [utterances, noises]
+    reverberator = getattr(dataset, "reverberator", None)
+    if reverberator is not None:
+        described.append(reverberator.described())
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
 def _now():

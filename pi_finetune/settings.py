@@ -173,6 +173,21 @@ SETTINGS = _table(
     noise_classes=(or_null(sequence(TEXT, "noise classes")), "the classes that are heard"),
     snrs=(SNRS, "SNRs of the mixtures"),
     noise_filtered=(number(low=0, high=1), "share of noises with a random filter"),
+    rir_folder=(or_null(TEXT), "room impulse responses: a folder, or simulated", DATA),
+    rir_probability=(number(low=0, high=1), "share of utterances in a room"),
+    rir_early_seconds=(SECONDS, "of a room, what the target keeps after the direct path"),
+    rir_rt60=(
+        Kind(
+            "two numbers of seconds above 0, the smaller one first, e.g. [0.2, 0.8]",
+            lambda value: (
+                isinstance(value, list | tuple)
+                and len(value) == 2
+                and all(map(_is_number, value))
+                and 0 < value[0] <= value[1] < math.inf
+            ),
+        ),
+        "reverberation time of simulated rooms",
+    ),
     each_snr=(FLAG, "every utterance at every SNR"),
     segment_seconds=(or_null(SECONDS), "length of a crop"),
     valid_segment_seconds=(SECONDS, "length of a dev crop"),

@@ -7,6 +7,7 @@ Any top-level key of the YAML file can be set on the command line. The run goes
 to ``output_folder`` (results/STRATEGY/SEED); the same command resumes it.
 """
 
+import logging
 import sys
 
 from pi_finetune.brains.enhancement import EnhancementBrain
@@ -19,13 +20,24 @@ from pi_finetune.enhancers import load_weights
 from pi_finetune.errors import command
 from pi_finetune.objectives import load_teachers, measure_projections
 
+logger = logging.getLogger(__name__)
+
 
 def dataio_prepare(hparams):
     """The noisy/clean pairs of training and of development.
 
     The corpus is listed by the main process alone.
     """
-    return [on_main(build, hparams[key]) for key in ("train_data", "valid_data")]
+    train_data, valid_data = (on_main(build, hparams[key]) for key in ("train_data", "valid_data"))
+    manifests = [getattr(data, "manifest", {}) for data in (train_data, valid_data)]
+    shared = len(manifests[0].keys() & manifests[1].keys())
+    if shared:
+        logger.warning(
+            f"{shared} of {len(manifests[1])} dev utterances are trained on too: dev scores will "
+            "look better than they are. Name others by --valid_splits; a data_folder that is one "
+            "file, or hf:NAME:SPLIT, has but one split."
+        )
+    return train_data, valid_data
 
 
 def load_pretrained(hparams):

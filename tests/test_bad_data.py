@@ -262,6 +262,68 @@ def silent_noise(folder):
     check_pairs(load_pairs(folder, ["dev"], "dev", folder / "noise"))
 
 
+@case(
+    "lists", "a CSV file without a column wav", r"x\.csv, line 1: a header", text="ID,file\na,b\n"
+)
+@case(
+    "lists",
+    "a CSV file that names a file that is not there",
+    r"x\.csv, line 3: gone\.wav is missing",
+    text="ID,wav\na,a.wav\nb,gone.wav\n",
+)
+@case(
+    "lists",
+    "a CSV file with a segment beyond the end",
+    r"x\.csv, line 2: 0\.1 to 7 s is not within .*a\.wav, which has 0\.5 s",
+    text="ID,wav,start,stop\na,a.wav,0.1,7\n",
+)
+@case(
+    "lists",
+    "a CSV file that states another duration",
+    r"x\.csv, line 2: the duration is 7, but",
+    text="ID,wav,duration\na,a.wav,7\n",
+)
+def bad_list(folder, text):
+    write_audio(folder / "a.wav", tone())
+    (folder / "x.csv").write_text(text)
+    prepare_speech(folder / "x.csv", [])
+
+
+@case("lists", "a split that a folder of CSV files lacks", r"no split 'dev'; it has: test, train")
+def list_that_is_not_there(folder):
+    for name in ("train", "test"):
+        (folder / f"{name}.csv").write_text("ID,wav\n")
+    prepare_speech(folder, ["dev"])
+
+
+@case("rooms", "a folder without audio", r"rir_folder: no audio file in", kept="nothing.txt")
+@case("rooms", "a text named .wav", r"rir_folder: .*a\.wav cannot be read as audio", kept="a.wav")
+def bad_rooms(folder, kept):
+    (folder / "rooms").mkdir()
+    (folder / "rooms" / kept).write_text("no audio")
+    load_pairs(audio_pair(folder), ["dev"], "dev", folder / "noise", rir_folder=folder / "rooms")
+
+
+@case("rooms", "a folder that is not there", r"rir_folder: .*gone is no folder, nor is it simul")
+def no_rooms(folder):
+    load_pairs(audio_pair(folder), ["dev"], "dev", folder / "noise", rir_folder=folder / "gone")
+
+
+@case("rooms", "a silent response", r"rir_folder: .*a\.wav is empty, silent or not finite")
+def silent_room(folder):
+    write_audio(folder / "rooms" / "a.wav", np.zeros(800, "float32"))
+    pairs = load_pairs(
+        audio_pair(folder), ["dev"], "dev", folder / "noise", rir_folder=folder / "rooms"
+    )
+    pairs[0]
+
+
+@case("rooms", "a corpus with noisy files", r"rir_folder: .* has noisy files of its own.*null")
+def room_of_voicebank(folder):
+    write_audio(folder / "rooms" / "a.wav", tone())
+    load_pairs(voicebank(folder), ["train"], "train", rir_folder=folder / "rooms")
+
+
 def test_the_table_has_each_row_once_and_no_other():
     lines = [text for text in TABLE.read_text(encoding="utf-8").splitlines() if text[:2] == "| "]
     described = [(case["area"], case["input"]) for case in rows()]

@@ -70,6 +70,10 @@ CASES = [
     value("train mse", "snrs", "[]", r"snrs: got \[\], needed is a list of numbers in dB"),
     value("train mse", "snrs", "[.nan]", r"snrs: got \[nan\], needed is a list of numbers in dB"),
     value("train mse", "snrs", "[1", r"--snrs is not valid YAML"),
+    value(
+        "train mse", "rir_probability", "2", r"rir_probability: got 2, needed is a number from 0"
+    ),
+    value("train mse", "rir_rt60", "[0.8, 0.2]", r"rir_rt60: got \[0\.8, 0\.2\], needed is two"),
     value("train mse", "segment_seconds", "0", r"segment_seconds: got 0, needed is a number above"),
     value("train mse", "valid_utterances", "0", rf"valid_utterances: got 0, {WHOLE} or null"),
     value("train mse", "valid_utterances", "-1", rf"valid_utterances: got -1, {WHOLE} or null"),

@@ -93,7 +93,7 @@ def test_errors_are_one_paragraph(argv, message, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-OTHERS = ("check", "compare", "show", "enhance", "export", "doctor")
+OTHERS = ("check", "compare", "show", "enhance", "export", "push", "demo-page", "doctor")
 HELPS = [[], *([name] for name in (*cli.RECIPES, *OTHERS))]
 
 

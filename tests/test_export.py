@@ -1,10 +1,13 @@
 """Exports give what the project itself gives: SpeechBrain, the hub, ONNX, torch.export."""
 
 import importlib.util
+import inspect
 import io
 import json
 import shutil
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -27,7 +30,7 @@ from pi_finetune.enhancers import (
     save_enhancer,
 )
 from pi_finetune.errors import UserError
-from pi_finetune.export import export_run
+from pi_finetune.export import export_run, push_run
 from pi_finetune.files import PROJECT_ROOT
 from pi_finetune.inference import DEFAULT_MODEL, Enhancer
 
@@ -276,3 +279,85 @@ def test_exported_yaml_is_what_the_config_says(exported, enhancer):
     tree = ruamel.yaml.YAML().load((exported / "hyperparams.yaml").read_text())
     assert dict(tree["enhancer"]) == enhancer.config["arguments"]
     assert tree["enhancer"].tag.value == f"!new:{enhancer.config['class']}"
+
+
+class FakeHub:
+    """Takes what HfApi would send; ``fails`` is raised by the upload."""
+
+    def __init__(self, fails=None):
+        self.calls, self.files, self.fails = [], {}, fails
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create_repo", repo_id, options))
+        return SimpleNamespace(repo_id=f"me/{repo_id}" if "/" not in repo_id else repo_id)
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        if self.fails:
+            raise self.fails
+        self.calls.append(("upload_folder", repo_id, options))
+        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        return SimpleNamespace(commit_url=f"hub/{repo_id}/commit/1")
+
+
+class TestPush:
+    def test_upload(self, run, tmp_path):
+        hub = FakeHub()
+        pushed = push_run(run, "zero-pad", license="cc-by-4.0", private=True, api=hub)
+        assert pushed.repo == "me/zero-pad" and pushed.url == "hub/me/zero-pad/commit/1"
+        assert hub.calls[0] == (
+            "create_repo", "zero-pad", {"private": True, "repo_type": "model", "exist_ok": True}
+        )  # fmt: skip
+        message = {"repo_type": "model", "commit_message": "pi_finetune: zero_pad-7"}
+        assert hub.calls[1:] == [("upload_folder", "me/zero-pad", message)]
+        assert pushed.files == {name: len(content) for name, content in sorted(hub.files.items())}
+        # What was sent is what an export writes, and what loads again.
+        (tmp_path / "got").mkdir()
+        for name, content in hub.files.items():
+            (tmp_path / "got" / name).write_bytes(content)
+        export_run(run, tmp_path / "exported", license="cc-by-4.0")
+        for path in (tmp_path / "exported").iterdir():
+            # PyTorch's archive holds the name of its temporary file.
+            assert path.suffix == ".ckpt" or path.read_bytes() == hub.files[path.name]
+        Enhancer.from_run(tmp_path / "got")
+
+    def test_the_signatures_are_those_of_the_hub(self):
+        for name in ("create_repo", "upload_folder"):
+            theirs = inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters
+            used = {"private", "repo_type", "exist_ok"} if name == "create_repo" else {
+                "repo_id", "folder_path", "repo_type", "commit_message"
+            }  # fmt: skip
+            assert used <= set(theirs)
+
+    def test_card(self, run):
+        hub = FakeHub()
+        push_run(run, "me/model", license="mit", api=hub)
+        card = ModelCard(hub.files["README.md"].decode())
+        assert card.data.license == "mit" and "arxiv:2601.21084" in card.data.tags
+        (model,) = card.data.to_dict()["model-index"]
+        metrics = {m["type"]: m["value"] for r in model["results"] for m in r["metrics"]}
+        assert metrics["pesq"] == pytest.approx(2.62, abs=0.01) and metrics["si_sdr"] == 2.0
+        assert model["results"][0]["dataset"]["name"] == "test-set"
+
+    def test_dry_run_sends_nothing(self, run, capsys, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("the network was used")
+
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        words = ["push", str(run), "me/model", "--license", "mit", "--private", "--dry_run"]
+        assert cli.main(words) == 0
+        said = capsys.readouterr().out
+        hub = FakeHub()
+        push_run(run, "me/model", license="mit", private=True, api=hub)
+        for name, content in hub.files.items():
+            assert f"{len(content):,} bytes  {name}\n" in said
+        assert said.startswith("me/model: a model, private\n")
+        assert "- arxiv:2601.21084\n" in said and "model-index:" in said
+        assert said.endswith("Nothing was uploaded: this was a dry run.\n")
+
+    def test_what_the_hub_refuses(self, run, monkeypatch):
+        with pytest.raises(UserError, match=r"me/model: the hub did not take it \(403 Forbidden\)"):
+            push_run(run, "me/model", api=FakeHub(OSError("403 Forbidden\nlong")))
+        with pytest.raises(UserError, match=r"me/model: the hub did not take it .*hf auth login"):
+            push_run(run, "me/model")  # HF_HUB_OFFLINE is set in the tests
+        with pytest.raises(UserError, match=r"'a b' is no name of a repository"):
+            push_run(run, "a b", api=FakeHub())

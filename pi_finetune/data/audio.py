@@ -50,6 +50,30 @@ class Member:
             return io.BytesIO(file.read(self.size))
 
 
+class Converted:
+    """Audio that has to be converted to 16 kHz and one channel, given where a path is expected.
+
+    Arguments
+    ---------
+    name : str
+        For messages, and to tell it from others.
+    convert : callable
+        ``convert(described) -> wav`` [T], float32, 16 kHz: all of it.
+    described : object
+        What is converted.
+    """
+
+    def __init__(self, name, convert, described):
+        self.name, self.convert, self.described = name, convert, described
+
+    def __str__(self):
+        return self.name
+
+    def read(self):
+        """The samples [T], float32, 16 kHz."""
+        return self.convert(self.described)
+
+
 def source_of(path):
     """What libsndfile opens: the path as text, or the bytes of a :class:`Member`."""
     return path.open() if isinstance(path, Member) else str(path)
@@ -81,13 +105,22 @@ def audio_info(path):
 def read_audio(path, start=0, frames=-1):
     """Read samples ``start`` to ``start + frames`` of a 16 kHz mono file.
 
+    Of audio that has to be :class:`Converted` all is read, so that a part of it is what it is in
+    the whole.
+
     Returns
     -------
     torch.Tensor
         [T], float32.
     """
     try:
-        wav, rate = audio_io.load(source_of(path), frame_offset=start, num_frames=frames)
+        if isinstance(path, Converted):
+            wav, rate = path.read()[None, start:], SAMPLE_RATE
+            wav = wav if frames < 0 else wav[:, :frames]
+        else:
+            wav, rate = audio_io.load(source_of(path), frame_offset=start, num_frames=frames)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{path}: cannot be read as audio ({error}). Remove or replace the file."

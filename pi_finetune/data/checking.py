@@ -8,7 +8,15 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from pi_finetune.data.audio import SAMPLE_RATE, SILENCE_RMS, audio_info, source_of
+from pi_finetune.data.audio import (
+    SAMPLE_RATE,
+    SILENCE_RMS,
+    Converted,
+    audio_info,
+    is_silent,
+    read_audio,
+    source_of,
+)
 from pi_finetune.errors import UserError
 
 #: So many bad files are named in a message.
@@ -74,7 +82,7 @@ def fault(path, frames=None):
 
     Arguments
     ---------
-    path : str, Path or Member
+    path : str, Path, Member or Converted
     frames : int, optional
         How many samples it must hold.
 
@@ -83,6 +91,8 @@ def fault(path, frames=None):
     str or None
     """
     try:
+        if isinstance(path, Converted):
+            return "is silent" if is_silent(read_audio(path)) else None
         audio_info(path)
     except UserError as error:
         return str(error).removeprefix(f"{path}: ").split(". ")[0].rstrip(".")

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pi_finetune.data.audio import SAMPLE_RATE, audio_info, find_audio, find_files
+from pi_finetune.data.audio import SAMPLE_RATE, audio_info, find_audio
+from pi_finetune.data.layouts import is_listed, prepare_listed
 from pi_finetune.data.shards import is_shards, prepare_shards
-from pi_finetune.data.texts import read_lines, read_table
+from pi_finetune.data.texts import read_lines, read_transcripts
 from pi_finetune.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,9 +32,13 @@ def prepare_speech(folder, splits, min_seconds=0.1):
     folder : str or Path
         LibriSpeech layout (``SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac``) or
         VoiceBank-DEMAND layout (``clean_*_wav`` beside ``noisy_*_wav``), or shards (see
-        :mod:`pi_finetune.data.shards`).
+        :mod:`pi_finetune.data.shards`); or lists of files of any rate and channel count:
+        SpeechBrain's CSV, lhotse's cuts, a Kaldi data folder, a data set of the hub (``hf:NAME``
+        or ``hf:NAME:SPLIT``), or a folder of such files (see
+        :func:`pi_finetune.data.layouts.prepare_listed`).
     splits : str or list of str
-        Names or glob patterns of the splits, e.g. ``"train-*"``. For
+        Names or glob patterns of the splits, e.g. ``"train-*"``; a single list of files is one
+        split, whatever they say. For
         VoiceBank-DEMAND, ``train``, ``dev`` (speakers p226 and p287 of the training
         set, as is usual) and ``test``; a trailing ``*`` is allowed. Where the sets of 28 and of
         56 speakers are both there, ``train`` is both of them, ``train_28spk`` the one.
@@ -46,10 +51,13 @@ def prepare_speech(folder, splits, min_seconds=0.1):
         The manifest, sorted by id.
     """
     splits = [splits] if isinstance(splits, str) else list(splits)
-    folder = Path(folder)
-    if not is_shards(folder) and not folder.is_dir():
+    source, folder = folder, Path(folder)
+    listed = is_listed(source, splits)
+    if not listed and not is_shards(folder) and not folder.is_dir():
         raise UserError(f"data_folder: {folder} is no folder.")
-    if is_shards(folder):
+    if listed:
+        manifest = prepare_listed(source, splits)
+    elif is_shards(folder):
         manifest = prepare_shards(folder, splits)
     elif any(folder.glob("clean_*_wav")):
         manifest = _voicebank(folder, splits)
@@ -96,26 +104,6 @@ def prepare_librispeech(folder, splits):
             "SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac."
         )
     return dict(sorted(manifest.items()))
-
-
-def read_transcripts(folder):
-    """The transcripts ``{id: text}`` of all ``*.trans.txt`` under a folder.
-
-    Raises
-    ------
-    UserError
-        A line is damaged (see :mod:`pi_finetune.data.texts`), or an id has two lines.
-    """
-    texts, origin = {}, {}
-    for path in find_files(folder, lambda name: name.endswith(".trans.txt")):
-        for key, (number, text) in read_table(path).items():
-            if key in texts:
-                raise UserError(
-                    f"{path}, line {number}: {key} has a line already, {origin[key]}. "
-                    "Remove one of them."
-                )
-            texts[key], origin[key] = text, f"{path}, line {number}"
-    return texts
 
 
 def _matching_folders(folder, patterns):

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
 from pi_finetune.data.corpora import prepare_noise, prepare_speech
 from pi_finetune.data.mixing import NoiseMixer
+from pi_finetune.data.rooms import load_reverberator
 from pi_finetune.errors import UserError
 from pi_finetune.lengths import Padded, Waveforms
 from pi_finetune.seeding import utterance_rng
@@ -40,15 +41,27 @@ class SpeechPairs(Dataset):
     each_snr : bool
         Mix every utterance at every SNR of the mixer (ids get a suffix ``@5dB``)
         instead of drawing one. Default: False.
+    reverberator : pi_finetune.data.rooms.Reverberator, optional
+        Puts speech into rooms before noise is added; the target is then its early part. SNRs are
+        those of the reverberant speech. Default: no rooms.
     """
 
     has_clean = True
 
-    def __init__(self, manifest, mixer=None, seed=0, segment_seconds=None, each_snr=False):
+    def __init__(
+        self,
+        manifest,
+        mixer=None,
+        seed=0,
+        segment_seconds=None,
+        each_snr=False,
+        reverberator=None,
+    ):
         if not manifest:
             raise UserError("The manifest is empty: no utterance matches the chosen splits.")
         self.manifest = manifest
         self.mixer = mixer
+        self.reverberator = reverberator
         self.seed = seed
         self.segment = None if segment_seconds is None else int(segment_seconds * SAMPLE_RATE)
         snrs = mixer.snrs if each_snr and mixer is not None else [None]
@@ -84,7 +97,10 @@ class SpeechPairs(Dataset):
             if self.mixer.filtered:
                 noises += (self.mixer.filtered,)
         entries = [(key, self.manifest[key]["duration"], snr) for key, snr in self.items]
-        described = json.dumps([entries, noises, self.seed, self.segment])
+        described = [entries, noises, self.seed, self.segment]
+        if self.reverberator is not None:
+            described.append(self.reverberator.described())
+        described = json.dumps(described)
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
     def __getitem__(self, address):
@@ -105,8 +121,13 @@ class SpeechPairs(Dataset):
         info = {"snr": entry.get("snr"), "noise_class": entry.get("noise_class")}
         if "noisy" in entry:
             noisy = read_audio(entry["noisy"], start, frames)
-        else:
+        elif self.reverberator is None:
             noisy, clean, info = self.mixer(clean, rng, snr)
+        else:
+            # A generator of its own: crop, noise and SNR are those that are drawn without rooms.
+            room = utterance_rng(self.seed, data_pass, key, "room")
+            heard, target = self.reverberator(clean, room)
+            noisy, clean, info = self.mixer(heard, rng, snr, target)
         return {
             "id": self.item_id(index),
             "data_pass": data_pass,
@@ -329,6 +350,10 @@ def load_pairs(
     too_long="drop",
     each_snr=False,
     noise_filtered=0.0,
+    rir_folder=None,
+    rir_probability=1.0,
+    rir_early_seconds=0.05,
+    rir_rt60=(0.2, 0.8),
 ):
     """Make the noisy/clean pairs of one part of an experiment, from folders.
 
@@ -351,6 +376,8 @@ def load_pairs(
         ``drop`` (default) leaves utterances above ``max_seconds`` out, ``error`` raises.
     noise_filtered : float
         ``filtered`` of :class:`~pi_finetune.data.mixing.NoiseMixer`.
+    rir_folder, rir_probability, rir_early_seconds, rir_rt60
+        As for :func:`pi_finetune.data.rooms.load_reverberator`. Default: no rooms.
 
     Returns
     -------
@@ -367,8 +394,14 @@ def load_pairs(
     if count is not None or max_seconds is not None:
         manifest = choose(manifest, count, max_seconds)
     mixer = None
+    reverberator = load_reverberator(rir_folder, part, rir_probability, rir_early_seconds, rir_rt60)
+    if reverberator is not None and any("noisy" in entry for entry in manifest.values()):
+        raise UserError(
+            f"rir_folder: {data_folder} has noisy files of its own, which are in no other room. "
+            "Set it to null."
+        )
     if not all("noisy" in entry for entry in manifest.values()):
         if noise_folder is None:
             raise UserError(f"noise_folder: needed, since {data_folder} has no noisy files.")
         mixer = NoiseMixer(prepare_noise(noise_folder, part, noise_classes), snrs, noise_filtered)
-    return SpeechPairs(manifest, mixer, seed, segment_seconds, each_snr)
+    return SpeechPairs(manifest, mixer, seed, segment_seconds, each_snr, reverberator)

@@ -9,7 +9,7 @@ from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
 from pi_finetune.errors import UserError
 
 
-def mix_at_snr(clean, noise, snr, peak=0.99):
+def mix_at_snr(clean, noise, snr, peak=0.99, target=None):
     """Add noise to speech.
 
     SNR is the ratio of the mean powers over the whole signal, in dB. If the
@@ -25,6 +25,8 @@ def mix_at_snr(clean, noise, snr, peak=0.99):
         In dB.
     peak : float
         Largest absolute sample allowed in the mixture.
+    target : torch.Tensor, optional
+        [T]: returned, scaled like the mixture, in the place of ``clean``.
 
     Returns
     -------
@@ -32,7 +34,11 @@ def mix_at_snr(clean, noise, snr, peak=0.99):
         The mixture and the clean signal, [T] each.
     """
     gain = (clean.square().mean() / noise.square().mean() / 10 ** (snr / 10)).sqrt()
-    noisy = clean + gain * noise
+    return below(peak, clean + gain * noise, clean if target is None else target)
+
+
+def below(peak, noisy, clean):
+    """Scale both by the one factor by which ``noisy`` stays below ``peak``; 1 if it does."""
     scale = min(1.0, peak / float(noisy.abs().max()))
     return noisy * scale, clean * scale
 
@@ -96,19 +102,23 @@ class NoiseMixer:
             raise UserError(f"noise_filtered: {filtered} must be a share from 0 to 1.")
         self.filtered = filtered
 
-    def __call__(self, clean, rng, snr=None):
+    def __call__(self, clean, rng, snr=None, target=None):
         """Mix ``clean`` [T] with noise drawn by ``rng``; ``snr`` fixes the SNR (in dB).
+
+        Where ``clean`` is speech in a room, ``target`` [T] is what an enhancer is to make of it.
 
         Returns
         -------
         (torch.Tensor, torch.Tensor, dict)
-            Mixture [T], clean signal [T], and ``{"snr", "noise_class"}``, both None if clean.
+            Mixture [T], clean signal or target [T], and ``{"snr", "noise_class"}``, both None if
+            clean.
         """
         drawn = self.snrs[rng.integers(len(self.snrs))]  # drawn always: same noise for any snr
         snr = drawn if snr is None else float(snr)
         noise_class = self.classes[rng.integers(len(self.classes))]
         if math.isinf(snr):
-            return clean.clone(), clean, {"snr": None, "noise_class": None}
+            pair = (clean.clone(), clean) if target is None else below(0.99, clean, target)
+            return *pair, {"snr": None, "noise_class": None}
         entries = self.by_class[noise_class]
         for _ in range(20):
             entry = entries[rng.integers(len(entries))]
@@ -117,7 +127,7 @@ class NoiseMixer:
             if not is_silent(noise):
                 if self.filtered and rng.random() < self.filtered:
                     noise = random_filter(noise, rng)
-                noisy, clean = mix_at_snr(clean, noise, snr)
+                noisy, clean = mix_at_snr(clean, noise, snr, target=target)
                 return noisy, clean, {"snr": snr, "noise_class": noise_class}
         raise UserError(
             f"{entry['wav']}: silent in 20 draws. Remove silent files from noise_folder."

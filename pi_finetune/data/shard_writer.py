@@ -15,6 +15,9 @@ import sys
 import tarfile
 from pathlib import Path
 
+import soundfile
+
+from pi_finetune.data.audio import SAMPLE_RATE, Converted, limit, read_audio
 from pi_finetune.data.corpora import prepare_speech
 from pi_finetune.data.shards import index_shard
 from pi_finetune.errors import UserError, command
@@ -23,6 +26,9 @@ from pi_finetune.files import replacing
 
 def write_shards(folder, output, splits, megabytes=500):
     """Copy a corpus folder into shards, without changing its audio.
+
+    What is not 16 kHz and one channel (see :func:`pi_finetune.data.layouts.prepare_listed`) is
+    converted, to FLAC of 16 bits.
 
     Arguments
     ---------
@@ -62,18 +68,30 @@ def write_shards(folder, output, splits, megabytes=500):
                 batch, size = [], 0
                 batches.append(batch)
             batch.append((key, entry))
-            size += os.path.getsize(entry["wav"])
+            is_file = not isinstance(entry["wav"], Converted)
+            size += os.path.getsize(entry["wav"]) if is_file else entry["duration"] * SAMPLE_RATE
         for number, batch in enumerate(batches):
             path = Path(output) / f"{name}-{number:06d}.tar"
             with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
                 for key, entry in batch:
-                    wav = Path(entry["wav"])
+                    suffix, content = _encoded(entry["wav"])
                     described = {"text": entry["text"], "speaker": entry["speaker"]}
-                    _add(tar, f"{key}{wav.suffix.lower()}", wav.read_bytes())
+                    _add(tar, f"{key}{suffix}", content)
                     _add(tar, f"{key}.json", json.dumps(described).encode())
             index_shard(path)
             written.append(path)
     return written
+
+
+def _encoded(wav):
+    """The suffix and the bytes of an audio file."""
+    if not isinstance(wav, Converted):
+        return Path(wav).suffix.lower(), Path(wav).read_bytes()
+    file = io.BytesIO()
+    samples = read_audio(wav).numpy()
+    over = abs(samples).max() > 1  # FLAC would clip
+    soundfile.write(file, limit(samples) if over else samples, SAMPLE_RATE, format="FLAC")
+    return ".flac", file.getvalue()
 
 
 def _add(tar, name, content):

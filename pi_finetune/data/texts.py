@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pi_finetune.data.audio import find_files
 from pi_finetune.errors import UserError
 from pi_finetune.files import shown
 
@@ -78,3 +79,23 @@ def read_table(path):
             )
         table[key] = number, rest[0]
     return table
+
+
+def read_transcripts(folder):
+    """The transcripts ``{id: text}`` of all ``*.trans.txt`` under a folder.
+
+    Raises
+    ------
+    UserError
+        A line is damaged (see :func:`read_table`), or an id has two lines.
+    """
+    texts, origin = {}, {}
+    for path in find_files(folder, lambda name: name.endswith(".trans.txt")):
+        for key, (number, text) in read_table(path).items():
+            if key in texts:
+                raise UserError(
+                    f"{path}, line {number}: {key} has a line already, {origin[key]}. "
+                    "Remove one of them."
+                )
+            texts[key], origin[key] = text, f"{path}, line {number}"
+    return texts

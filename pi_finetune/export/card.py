@@ -16,6 +16,8 @@ from pi_finetune.results.runs import Run, read_json_lines
 from pi_finetune.results.scores import metric_scores, metrics_of
 
 CARD_FILE = "README.md"
+#: The tag by which the hub links a model to the paper.
+PAPER = "arxiv:2601.21084"
 
 _CARD = """\
 ---
@@ -106,7 +108,14 @@ def model_card(source, enhancer, files=(), license=None):
     sets = [scores for path in sorted(source.glob("scores/*.jsonl")) if (scores := _scores(path))]
     name = f"{record['strategy']}-{record['seed']}" if record else source.resolve().name
     results = [
-        EvalResult("audio-to-audio", scores["name"], scores["name"], row["name"], row["number"])
+        EvalResult(
+            "audio-to-audio",
+            scores["name"],
+            scores["name"],
+            row["name"],
+            row["number"],
+            metric_name=row["label"],
+        )
         for scores in sets
         for row in scores["rows"]
     ]
@@ -114,7 +123,7 @@ def model_card(source, enhancer, files=(), license=None):
         license=license,
         library_name="speechbrain" if HPARAMS_FILE in files else "pi_finetune",
         pipeline_tag="audio-to-audio",
-        tags=["speech-enhancement", "pi_finetune"],
+        tags=["speech-enhancement", "pi_finetune", PAPER],
         model_name=name if results else None,
         eval_results=results or None,
     )
