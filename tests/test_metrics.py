@@ -192,6 +192,68 @@ def test_dnsmos_is_that_of_speechmos(speech):
     assert silent == dict.fromkeys(DNSMOS)
 
 
+@pytest.mark.parametrize("snr", [30, 0])
+def test_lsd_is_that_of_the_urgent_challenge(speech, snr):
+    import librosa
+
+    estimate = -0.3 * noisy(speech, snr)  # the scale and the sign do not matter
+    scaled = estimate * (speech @ estimate) / (estimate @ estimate + 1e-8)
+    x, y = (np.abs(librosa.stft(w, n_fft=512, hop_length=256)) for w in (speech, scaled))
+    distance = np.log(x**2 / (y + 1e-8) ** 2 + 1e-8) ** 2
+    expected = np.mean(np.sqrt(np.mean(distance, axis=0)))
+    assert metrics.lsd(speech, estimate) == pytest.approx(expected, rel=1e-9)
+    assert metrics.lsd(speech, 2 * speech) < 1e-3 < metrics.lsd(speech, estimate)
+
+
+def test_mel_cepstra_are_those_of_the_log_spectrum_on_a_warped_axis(speech):
+    found = metrics.mel_cepstra(speech[:1024])[0]
+    power = np.abs(np.fft.rfft(speech[:1024] * np.hamming(1024))) ** 2 + metrics.MCD_FLOOR
+    # the log amplitude between the bins, as the cepstrum gives it, on a fine axis
+    cepstrum = np.fft.irfft(np.log(power) / 2)
+    fine = (np.arange(20000) + 0.5) / 20000 * np.pi  # of the warped frequency
+    a = metrics.MCD_WARPING
+    frequency = fine - 2 * np.arctan(a * np.sin(fine) / (1 + a * np.cos(fine)))
+    k = np.arange(1, 512)[:, None]
+    log_amplitude = cepstrum[0] + 2 * (cepstrum[1:512, None] * np.cos(k * frequency)).sum(0)
+    log_amplitude += cepstrum[512] * np.cos(512 * frequency)
+    orders = np.arange(metrics.MCD_ORDER + 1)[:, None]
+    expected = 2 * (log_amplitude * np.cos(orders * fine)).mean(1)
+    expected[0] /= 2
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_mcd_by_hand(speech, monkeypatch):
+    monkeypatch.setattr(metrics, "MCD_FLOOR", 1e-30)
+    # twice the amplitude moves coefficient 0 alone, which is left out
+    assert metrics.mcd(speech, 2 * speech) == pytest.approx(0, abs=1e-9)
+    x, y = metrics.mel_cepstra(speech), metrics.mel_cepstra(noisy(speech, 5))
+    frames = [
+        10 / np.log(10) * np.sqrt(2 * sum((a - b) ** 2 for a, b in zip(p[1:], q[1:])))
+        for p, q in zip(x, y)
+    ]
+    assert metrics.mcd(speech, noisy(speech, 5)) == pytest.approx(np.mean(frames))
+    assert metrics.mcd(speech[:1000], speech[:1000]) is None
+
+
+@pytest.mark.parametrize("name", ["lsd", "mcd"])
+def test_spectral_distances_rise_with_noise(speech, name):
+    scores = [
+        metrics.signal_scores(speech, noisy(speech, snr), (name,))[name] for snr in (30, 10, -5)
+    ]
+    assert scores[0] < scores[1] < scores[2]
+    assert metrics.signal_scores(speech, np.zeros(len(speech)), (name,)) == {name: None}
+
+
+def test_character_errors():
+    assert metrics.character_errors("THE DOG", "the dogs!") == {
+        "character_errors": 1,
+        "characters": 7,
+    }
+    found = metrics.character_errors("", "ab")
+    assert found == {"character_errors": 2, "characters": 0}
+    assert metrics.character_errors("a b", "")["character_errors"] == 3
+
+
 def test_a_metric_without_its_package_names_the_extra(monkeypatch):
     declarations.check_metrics(["pesq", "cer", *DNSMOS])
     find = importlib.util.find_spec

@@ -115,6 +115,14 @@ _P835 = "Reddy et al., DNSMOS P.835, ICASSP 2022"
 #: What else waveforms alone give, if it is asked for.
 WAVEFORM_METRICS = (
     *SIGNAL_METRICS,
+    Metric(
+        "lsd", "LSD", "", False, 3, "clean",
+        "log-spectral distance (Gray & Markel, IEEE TASSP 24(5), 1976) as in the URGENT challenge",
+    ),
+    Metric(
+        "mcd", "MCD", "dB", False, 2, "clean",
+        "mel-cepstral distortion, Kubichek, IEEE PacRim 1993; coefficients 1 to 23",
+    ),
     Metric("dnsmos_sig", "DNSMOS SIG", "", True, 3, None, _P835, packages=_DNSMOS),
     Metric("dnsmos_bak", "DNSMOS BAK", "", True, 3, None, _P835, packages=_DNSMOS),
     Metric("dnsmos_ovrl", "DNSMOS OVRL", "", True, 3, None, _P835, packages=_DNSMOS),
@@ -123,10 +131,29 @@ WAVEFORM_METRICS = (
         packages=_DNSMOS,
     ),
 )  # fmt: skip
-METRICS = (WER, PER, CER, NLL, *WAVEFORM_METRICS)
+#: What models make of the clean and of the enhanced speech.
+MODEL_METRICS = (
+    Metric(
+        "speech_bert_score", "SpeechBERTScore", "", True, 4, "clean",
+        "Saeki et al., Interspeech 2024: its precision", model="teacher_source",
+    ),
+    Metric(
+        "phoneme_similarity", "phoneme similarity", "", True, 4, "clean",
+        "Levenshtein phoneme similarity, Pirklbauer et al., ITG Speech Communication 2023",
+        model="asr_source",
+    ),
+    Metric(
+        "speaker_similarity", "speaker similarity", "", True, 4, "clean",
+        "cosine of ECAPA-TDNN's embeddings (Desplanques et al., Interspeech 2020)",
+        model="speaker_source",
+    ),
+)  # fmt: skip
+#: What a score line keeps under the metric's own name.
+LINE_METRICS = (*WAVEFORM_METRICS, *MODEL_METRICS)
+METRICS = (WER, PER, CER, NLL, *LINE_METRICS)
 #: What ``metrics`` of ``evaluate.yaml`` may name: a recogniser's WER and likelihood are there if it
 #: is.
-CHOICES = {metric.name: metric for metric in (CER, *WAVEFORM_METRICS)}
+CHOICES = {metric.name: metric for metric in (CER, *LINE_METRICS)}
 
 
 def higher_is_better(score):

@@ -126,7 +126,7 @@ def intelligibility(reference, estimate):
 
 def _bands(wav, hop):
     """Magnitudes [frames, bands] in thirds of octaves; as in pystoi, the last frame is left out."""
-    frames = np.lib.stride_tricks.sliding_window_view(wav[:-1], N_FRAME)[::hop]
+    frames = _frames(wav[:-1], N_FRAME, hop)
     window = np.hanning(N_FRAME + 2)[1:-1]
     spectrum = np.fft.rfft(frames * window, NFFT)
     return np.sqrt((spectrum.real**2 + spectrum.imag**2) @ OBM.T)
@@ -174,6 +174,77 @@ def si_sdr(reference, estimate):
 def _energy(wav):
     # Not a BLAS product, whose last digits depend on its number of threads.
     return np.sum(wav * wav)
+
+
+def lsd(reference, estimate):
+    """Log-spectral distance, 0 or more, lower is better, as the URGENT challenge computes it.
+
+    ``mean_t sqrt(mean_f ln(|X|^2 / |a Y|^2)^2)`` of spectra of 32 ms every 16 ms, ``a`` being the
+    scale that brings the estimate closest to the reference. (In dB it is 4.34 times as much.)
+    Arguments, returns and errors as :func:`pesq_wb`.
+    """
+    reference, estimate = _pair(reference, estimate)
+    if not (_scorable(reference) and _scorable(estimate)):
+        return None
+    eps, size, hop = 1e-8, 512, 256
+    estimate = estimate * (np.sum(reference * estimate) / (_energy(estimate) + eps))
+    window = np.hanning(size + 1)[:-1]
+    both = (np.pad(wav, size // 2) for wav in (reference, estimate))
+    x, y = (np.abs(np.fft.rfft(_frames(wav, size, hop) * window)) for wav in both)
+    distance = np.log(x**2 / (y + eps) ** 2 + eps) ** 2
+    return float(np.mean(np.sqrt(np.mean(distance, 1))))
+
+
+#: Of the mel-cepstrum at 16 kHz: highest coefficient, warping of the frequencies, and the power
+#: that is added to a spectrum, under which differences are not heard.
+MCD_ORDER, MCD_WARPING, MCD_FLOOR = 23, 0.42, 1e-6
+
+
+def mcd(reference, estimate):
+    """Mel-cepstral distortion in dB, 0 or more, lower is better (Kubichek 1993).
+
+    ``10 / ln 10 * sqrt(2 sum_d (c_d - c'_d)^2)`` over coefficients 1 to 23 of mel-cepstra, the mean
+    over frames of 64 ms every 16 ms. Frames are compared where they are: enhanced speech keeps its
+    time, so that nothing is warped. Coefficient 0, the level, is left out.
+    Arguments, returns and errors as :func:`pesq_wb`; None for less than 64 ms.
+    """
+    reference, estimate = _pair(reference, estimate)
+    if not (_scorable(reference) and _scorable(estimate)) or len(reference) < 1024:
+        return None
+    x, y = mel_cepstra(reference), mel_cepstra(estimate)
+    distances = np.sqrt(2 * np.sum((x - y)[:, 1:] ** 2, 1))
+    return float(10 / np.log(10) * np.mean(distances))
+
+
+def mel_cepstra(wav, size=1024, hop=256):
+    """Mel-cepstra [frames, 24]: cepstra of the log spectrum on a warped axis, as SPTK's ``sp2mc``.
+
+    Tokuda et al., "Mel-generalized cepstral analysis", ICSLP 1994; the warping by Oppenheim &
+    Johnson, "Discrete representation of signals", Proc. IEEE 60(6), 1972.
+    """
+    power = np.abs(np.fft.rfft(_frames(wav, size, hop) * np.hamming(size))) ** 2 + MCD_FLOOR
+    cepstra = np.fft.irfft(np.log(power))[:, : size // 2 + 1]
+    cepstra[:, 0] /= 2
+    cepstra[:, -1] /= 2
+    return cepstra @ _warping(cepstra.shape[1]).T
+
+
+@functools.cache
+def _warping(size):
+    """What makes mel-cepstra [24] of cepstra [size]: the recursion of Oppenheim & Johnson."""
+    a, warped = MCD_WARPING, np.zeros((MCD_ORDER + 1, size))
+    for k in reversed(range(size)):
+        before = warped.copy()
+        warped[0] = a * before[0]
+        warped[0, k] += 1
+        warped[1] = (1 - a * a) * before[0] + a * before[1]
+        for m in range(2, MCD_ORDER + 1):
+            warped[m] = before[m - 1] + a * (before[m] - warped[m - 1])
+    return warped
+
+
+def _frames(wav, size, hop):
+    return np.lib.stride_tricks.sliding_window_view(wav, size)[::hop]
 
 
 @functools.cache
@@ -270,6 +341,8 @@ _COMPUTED = (
     (("pesq",), pesq_wb),
     (("stoi", "estoi"), intelligibility),
     (("si_sdr",), si_sdr),
+    (("lsd",), lsd),
+    (("mcd",), mcd),
     (("dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl", "dnsmos_p808"), dnsmos),
 )
 
@@ -369,6 +442,36 @@ def phoneme_errors(reference, hypothesis):
     reference = " ".join(phonemes(reference))
     counts = _edits(reference, hypothesis)
     return {"hypothesis": hypothesis, "reference": reference, "unit": "phoneme", **counts}
+
+
+def character_errors(reference, hypothesis):
+    """Character errors of one utterance, on the normalised texts of :func:`word_errors`.
+
+    Arguments
+    ---------
+    reference, hypothesis : str
+        Raw texts.
+
+    Returns
+    -------
+    dict
+        ``character_errors``, and the reference's ``characters``, blanks between words counted.
+    """
+    _check_texts(reference, hypothesis)
+    reference, hypothesis = normalise_text(reference), normalise_text(hypothesis)
+    errors = len(hypothesis)
+    if reference:
+        import jiwer
+
+        found = jiwer.process_characters(reference, hypothesis)
+        errors = found.substitutions + found.deletions + found.insertions
+    return {"character_errors": errors, "characters": len(reference)}
+
+
+def token_errors(reference, hypothesis):
+    """Least substitutions, deletions and insertions between texts of tokens, split at blanks."""
+    counts = _edits(reference, hypothesis)
+    return counts["substitutions"] + counts["deletions"] + counts["insertions"]
 
 
 def recognition_errors(recognizer, reference, hypothesis):

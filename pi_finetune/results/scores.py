@@ -8,10 +8,11 @@ import numpy as np
 
 from pi_finetune.errors import UserError
 from pi_finetune.results.declarations import (
+    CER,
+    LINE_METRICS,
     NLL,
     PER,
     SIGNAL_METRICS,
-    WAVEFORM_METRICS,
     WER,
     Metric,
 )
@@ -23,10 +24,11 @@ FEW_SPEAKERS = 10
 
 def metrics_of(runs, recognizer=None):
     """The metrics that the runs can be compared by: those of the main recogniser, the signal
-    metrics and what else waveforms were scored by, those of further recognisers.
+    metrics and what else the lines hold, those of further recognisers.
 
-    A recogniser has a word error rate and, where the scores hold one, the negative log-likelihood
-    of the true transcripts (``nll``). One of phonemes has a phoneme error rate (PER) as ``wer``.
+    A recogniser has a word error rate and, where the scores hold them, a character error rate and
+    the negative log-likelihood of the true transcripts (``nll``). One of phonemes has a phoneme
+    error rate (PER) as ``wer``.
 
     Arguments
     ---------
@@ -45,33 +47,34 @@ def metrics_of(runs, recognizer=None):
     UserError
         No score is by that recogniser.
     """
-    units, likely = {}, set()
+    units, held, there = {}, {}, set()
     for run in runs:
         for line in run.scores.values():
+            there |= line.keys()
             for name, entry in (line.get("asr") or {}).items():
                 units[name] = (entry or {}).get("unit", "word")
-                if "nll" in (entry or {}):
-                    likely.add(name)
+                held.setdefault(name, set()).update(entry or {})
     names = list(units)
     if recognizer is not None:
         if recognizer not in names:
-            there = ", ".join(names) or "none"
-            raise UserError(f"No score is by the recogniser {recognizer!r}; there is {there}.")
+            known = ", ".join(names) or "none"
+            raise UserError(f"No score is by the recogniser {recognizer!r}; there is {known}.")
         names.sort(key=lambda name: name != recognizer)
-    main, *others = [_recognition(name, units[name], name in likely) for name in names] or [[WER]]
+    main, *others = [_recognition(name, units[name], held[name]) for name in names] or [[WER]]
     others = [
         replace(m, name=f"{m.name}_{m.recognizer}", names_recognizer=True)
         for group in others
         for m in group
     ]
-    computed = {name for run in runs for line in run.scores.values() for name in line}
-    signal = [m for m in WAVEFORM_METRICS if m in SIGNAL_METRICS or m.name in computed]
-    return [*main, *signal, *others]
+    lines = [m for m in LINE_METRICS if m in SIGNAL_METRICS or m.name in there]
+    return [*main, *lines, *others]
 
 
-def _recognition(name, unit, likely):
-    rate = PER if unit == "phoneme" else WER
-    return [replace(m, recognizer=name) for m in (rate, NLL)[: 2 if likely else 1]]
+def _recognition(name, unit, fields):
+    found = [PER if unit == "phoneme" else WER]
+    found += [CER] if "characters" in fields else []
+    found += [NLL] if "nll" in fields else []
+    return [replace(metric, recognizer=name) for metric in found]
 
 
 def recording(line):
@@ -238,6 +241,10 @@ def _score(line, metric):
         if metric.title == NLL.title:
             nll = entry.get("nll")
             return "nll" in entry, None if nll is None else (nll, entry["tokens"])
+        if metric.title == CER.title:
+            if "characters" not in entry:
+                return False, None
+            return True, (100.0 * entry["character_errors"], entry["characters"])
         errors = entry["substitutions"] + entry["deletions"] + entry["insertions"]
         return True, (100.0 * errors, reference_words(entry))
     value = line.get(metric.name)
