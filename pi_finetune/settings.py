@@ -278,6 +278,8 @@ SETTINGS = _table(
     # Evaluation
     run=(either(TEXT, sequence(TEXT, "run folders")), "what is evaluated"),
     test_set=(NAME, "names the file of the scores"),
+    metrics=(or_null(sequence(TEXT, "metrics, e.g. [pesq, stoi]")), "what is computed"),
+    speaker_source=(or_null(TEXT), "folder of a speaker recogniser"),
     audio_examples=(whole(0), "utterances whose audio is kept"),
     save_audio=(or_null(TEXT), "folder for the audio of all systems", IRRELEVANT),
     overwrite=(FLAG, "whether scores made with other settings are discarded"),

@@ -20,7 +20,9 @@ from pi_finetune.distributed import on_main, rank, start_processes
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import command
 from pi_finetune.inference import Enhancer
+from pi_finetune.results.declarations import check_metrics
 from pi_finetune.results.evaluation import evaluate_system
+from pi_finetune.results.similarity import load_measures
 from pi_finetune.run_folder import Lock
 
 
@@ -74,7 +76,16 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
         find_hparams(experiment), overrides, needs=("run", "test_data", "recognizers")
     )
     device = run_opts.device
+    names = hparams.get("metrics")
+    check_metrics(names or ())
     systems, recognizers = load_pretrained(hparams, device)
+    measures = load_measures(
+        names or (),
+        hparams.get("teacher"),
+        recognizers,
+        hparams.get("speaker_source"),
+        hparams["trust"],
+    )
     test_data = dataio_prepare(hparams)
     paths = []
     for folder, enhancer in systems:
@@ -86,12 +97,15 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
                 recognizers,
                 test_set=hparams["test_set"],
                 batch_size=hparams["batch_size"],
+                max_batch_seconds=hparams.get("max_batch_seconds"),
                 workers=hparams["workers"],
                 num_workers=hparams["num_workers"],
                 audio_examples=hparams["audio_examples"],
                 overwrite=hparams["overwrite"],
                 device=device,
                 save_audio=hparams.get("save_audio"),
+                names=names,
+                measures=measures,
             )
         paths.append(path)
         if rank() == 0:

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,6 +253,11 @@ def test_character_errors():
     found = metrics.character_errors("", "ab")
     assert found == {"character_errors": 2, "characters": 0}
     assert metrics.character_errors("a b", "")["character_errors"] == 3
+
+
+def test_the_page_of_metrics_holds_the_declared_table():
+    page = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
+    assert declarations.metrics_table() in page.read_text()
 
 
 def test_a_metric_without_its_package_names_the_extra(monkeypatch):

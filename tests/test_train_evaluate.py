@@ -317,6 +317,37 @@ def test_scores_of_a_run_that_still_trains_are_filed_under_the_weights_that_made
     evaluate([str(run)])  # and nothing more to be done
 
 
+def test_batches_of_similar_lengths_hold_each_utterance_once():
+    from pi_finetune.results.evaluation import _batches
+
+    class Pairs:
+        def seconds(self):
+            return [3.0, 70.0, 9.0, 4.0, 2.0, 12.0, 3.5]
+
+    batches = _batches(Pairs(), 3, 12.0, set(range(7)))
+    assert batches == [[1], [5], [2], [3, 6, 0], [4]]
+    assert _batches(Pairs(), 3, None, {0, 1, 3, 5}) == [[1], [0, 3], [5]]
+
+
+def test_the_metrics_that_are_asked_for_are_in_lines_and_tables(evaluate, tiny_teacher):
+    from pi_finetune.results.comparison import compare_runs
+
+    asked = "[cer, si_sdr, lsd, mcd, speech_bert_score, phoneme_similarity]"
+    results = evaluate(
+        ["noisy", "clean"], metrics=asked, teacher_source=tiny_teacher, max_batch_seconds=9
+    )
+    for line in scores(results / "clean/0"):
+        assert {"pesq", "stoi"}.isdisjoint(line)
+        assert line["speech_bert_score"] == pytest.approx(1, abs=1e-5)
+        assert line["phoneme_similarity"] == 1 and line["lsd"] < 1e-3 and line["mcd"] == 0
+        assert line["asr"]["parrot"]["characters"] > 0
+    table = compare_runs([results], baseline="noisy").summary
+    assert table["mcd"]["noisy"].level.estimate > 1 > table["lsd"]["clean"].level.estimate
+    assert table["cer"]["clean"].level.estimate > 0
+    with pytest.raises(SystemExit):  # with other metrics these are other scores
+        evaluate(["noisy"])
+
+
 def test_processes_change_no_line(evaluate, tmp_path):
     alone = scores(evaluate(["pretrained"], batch_size=2) / "pretrained/0")
     many = {"workers": 2, "num_workers": 1, "batch_size": 2, "results_folder": tmp_path / "many"}

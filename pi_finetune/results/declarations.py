@@ -161,6 +161,21 @@ def higher_is_better(score):
     return any(metric.higher_is_better for metric in METRICS if metric.name == score)
 
 
+def metrics_table():
+    """The declared metrics as a table in Markdown: that of ``docs/metrics.md``."""
+    needs = {"clean": "clean speech", "transcript": "transcript, recogniser", None: ""}
+    rows = ["| name | metric | better | needs | defined by |", "|---|---|---|---|---|"]
+    for metric in METRICS:
+        needed = [needs[metric.reference], f"`{metric.model}`" if metric.model else ""]
+        needed.append("the extra `metrics`" if metric.packages else "")
+        needed_text = ", ".join(filter(None, needed)) or "nothing"
+        better = "higher" if metric.higher_is_better else "lower"
+        rows.append(
+            f"| `{metric.name}` | {metric.label} | {better} | {needed_text} | {metric.source} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
 def check_metrics(names):
     """See whether an installation can compute some metrics.
 

@@ -19,7 +19,7 @@ from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
 from pi_finetune.recognizers import likelihoods, load_recognizer
 from pi_finetune.results import metrics
-from pi_finetune.results.declarations import without_reference
+from pi_finetune.results.declarations import CER, CHOICES, WAVEFORM_METRICS, without_reference
 from pi_finetune.results.handover import SavedAudio
 from pi_finetune.results.pool import ScorePool
 
@@ -92,6 +92,9 @@ def evaluate_mixes(
     device="cpu",
     save_audio=None,
     bar=None,
+    max_batch_seconds=None,
+    names=None,
+    measures=None,
 ):
     """Score systems that differ in the share of the enhanced signal; speech is enhanced once.
 
@@ -135,6 +138,14 @@ def evaluate_mixes(
         A folder for all audio and its lists, see :mod:`pi_finetune.results.handover`.
     bar : tqdm, optional
         Counts utterances of several calls. Default: one for this call.
+    max_batch_seconds : float, optional
+        Most seconds in a batch, padding included; batches are then of similar lengths, the longest
+        first, and ``batch_size`` is the most utterances. Default: batches are cut in order.
+    names : sequence of str, optional
+        Metrics, of ``declarations.CHOICES``. Default: PESQ, STOI, ESTOI and SI-SDR, and of
+        recordings what needs no clean speech. What needs it is passed over for recordings.
+    measures : dict, optional
+        Those of :func:`pi_finetune.results.similarity.load_measures`. Default: none.
 
     Returns
     -------
@@ -156,9 +167,17 @@ def evaluate_mixes(
         "weights": _digest(enhancer),
         "audio_examples": audio_examples,
     }
-    names = metrics.SIGNAL_SCORES
-    if not pairs.has_clean:
-        names = settings["metrics"] = without_reference()
+    default = metrics.SIGNAL_SCORES if pairs.has_clean else without_reference()
+    names = [
+        name
+        for name in (default if names is None else names)
+        if pairs.has_clean or not CHOICES[name].needs_reference
+    ]
+    measures = {name: each for name, each in (measures or {}).items() if name in names}
+    if not pairs.has_clean or set(names) != set(metrics.SIGNAL_SCORES):
+        settings["metrics"] = sorted(names)
+    if measures:
+        settings["models"] = {name: measure.source for name, measure in measures.items()}
     give = {None: "noisy", "clean": "clean"}.get(enhancer, "enhanced")
     systems = []
     for mix, folder in folders.items():
@@ -183,7 +202,9 @@ def evaluate_mixes(
         for system in systems
     ]
     examples = {ids[i * len(ids) // audio_examples] for i in range(audio_examples)}
-    batches = _batches(pairs, batch_size, set().union(*todo))[rank() :: processes()]
+    batches = _batches(pairs, batch_size, max_batch_seconds, set().union(*todo))[
+        rank() :: processes()
+    ]
     loader = torch.utils.data.DataLoader(
         pairs, batch_sampler=batches, collate_fn=collate, num_workers=num_workers if batches else 0
     )
@@ -201,7 +222,8 @@ def evaluate_mixes(
         for system in systems:
             if not system.finished:
                 system.file = stack.enter_context(_part(system.final, rank()).open("a"))
-        pool = stack.enter_context(ScorePool(workers, names))
+        waveform_names = [m.name for m in WAVEFORM_METRICS if m.name in names]
+        pool = stack.enter_context(ScorePool(workers, waveform_names))
         stack.enter_context(torch.inference_mode())
         waiting = collections.deque()  # lines that want their signal scores, in order
 
@@ -230,7 +252,9 @@ def evaluate_mixes(
                 bar.update(known)
                 if known == len(rows):
                     continue
-                waiting += _score(system, batch, rows, wavs, recognizers, pool)
+                waiting += _score(
+                    system, batch, rows, wavs, recognizers, pool, measures, CER.name in names
+                )
                 for row, wav in zip(rows, wavs.items()):
                     if batch.id[row] in examples and batch.id[row] not in system.scored:
                         _keep_example(system, batch, row, wav, give)
@@ -261,17 +285,23 @@ class _System:
         self.file = None
 
 
-def _batches(pairs, batch_size, todo):
+def _batches(pairs, batch_size, max_seconds, todo):
     """Batches of indices, without those that are not in ``todo``.
 
     They are cut from the whole set, before anything is left out: so an utterance has the same
     neighbours, and the same last digits, in any number of processes.
     """
-    batches, batch = [], []
-    for i, seconds in enumerate(pairs.seconds()):
-        if seconds > LONG_SECONDS:
+    batches, batch, seconds = [], [], pairs.seconds()
+    order = range(len(seconds))
+    if max_seconds is not None:
+        order = sorted(order, key=lambda i: -seconds[i])
+    for i in order:
+        if seconds[i] > LONG_SECONDS:
             batches.append([i])
             continue
+        if batch and max_seconds is not None and (len(batch) + 1) * seconds[batch[0]] > max_seconds:
+            batches.append(batch)
+            batch = []
         batch.append(i)
         if len(batch) == batch_size:
             batches.append(batch)
@@ -281,19 +311,25 @@ def _batches(pairs, batch_size, todo):
     return [batch for batch in left if batch]
 
 
-def _score(system, batch, rows, wavs, recognizers, pool):
+def _score(system, batch, rows, wavs, recognizers, pool, measures, characters):
     """Score lines of some rows of a batch, of which ``wavs`` is what is scored.
 
     Yields
     ------
     (_System, pi_finetune.results.pool.Scores, dict, dict)
-        The signal scores, and what a line has before and after them.
+        The signal scores, and what a line has before and after them: of the recognisers, with
+        character errors if asked for, and of the measures.
     """
     given, texts = (wavs.data, wavs.lengths), [batch.text[row] for row in rows]
     clean = _numpy(batch.clean, rows) if hasattr(batch, "clean") else [None] * len(rows)
     estimates = _numpy(wavs)
     signals = [pool.submit(batch.id[row], *pair) for row, *pair in zip(rows, clean, estimates)]
     heard = [(r, r(*given), likelihoods(r, *given, texts)) for r in recognizers]
+    found = {}
+    if measures:
+        reference = batch.clean.taken(torch.tensor(rows)).to(wavs.data.device)
+        ids, texts_of = [batch.id[row] for row in rows], {r.name: said for r, said, _ in heard}
+        found = {name: each(reference, wavs, ids, texts_of) for name, each in measures.items()}
     for i, row in enumerate(rows):
         if batch.id[row] in system.scored:
             continue
@@ -310,13 +346,19 @@ def _score(system, batch, rows, wavs, recognizers, pool):
             "duration": round(len(estimates[i]) / SAMPLE_RATE, 4),
         }
         recognised = {
-            r.name: None
-            if silent
-            else {**metrics.recognition_errors(r, texts[i], said[i]), **nlls[i]}
+            r.name: None if silent else {**_errors(r, texts[i], said[i], characters), **nlls[i]}
             for r, said, nlls in heard
             if texts[i] is not None
         }
-        yield system, signals[i], before, {"asr": recognised}
+        of_models = {name: values[i] for name, values in found.items()}
+        yield system, signals[i], before, {**of_models, "asr": recognised}
+
+
+def _errors(recognizer, reference, hypothesis, characters):
+    errors = metrics.recognition_errors(recognizer, reference, hypothesis)
+    if characters and getattr(recognizer, "unit", "word") == "word":
+        errors |= metrics.character_errors(reference, hypothesis)
+    return errors
 
 
 def _save(audio, batch, rows, wavs):
@@ -360,7 +402,8 @@ def _begin(final, settings, overwrite):
     settings_file = final.with_suffix(".settings.json")
     if final.exists() or _parts(final):
         earlier = json.loads(settings_file.read_text()) if settings_file.exists() else {}
-        changed = [key for key in settings if earlier.get(key) != settings[key]]
+        keys = dict.fromkeys([*settings, *({"metrics", "models"} & earlier.keys())])
+        changed = [key for key in keys if earlier.get(key) != settings.get(key)]
         if changed and not overwrite:
             raise UserError(
                 f"{final} was made with other {', '.join(changed)}. Add --overwrite to score anew, "
