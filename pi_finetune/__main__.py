@@ -1,8 +1,8 @@
 """The command line: ``pi-finetune COMMAND``, the same as ``python -m pi_finetune COMMAND``.
 
-demo, train, evaluate, compare, ablate and probe are the recipes of that name; their help comes from
-the recipe's docstring and the experiment file. Nothing here imports PyTorch before
-a command needs it.
+demo, train, evaluate, compare, power, ablate and probe are the recipes of that name; their help
+comes from the recipe's docstring and the experiment file. Nothing here imports PyTorch before a
+command needs it.
 """
 
 import argparse
@@ -56,6 +56,9 @@ RECIPES = {
         '--diagnostics "[gradients, causal]"',
     )),
 }  # fmt: skip
+
+#: Recipes that take no experiment file: they parse their own options.
+PROGRAMS = ("check", "compare", "power")
 
 ENHANCE_EXAMPLES = """examples:
   pi-finetune enhance noisy.wav -o enhanced.wav
@@ -142,7 +145,7 @@ def parser():
     top.add_argument("--version", action="version", version=f"pi_finetune {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     abouts = {name: recipe_text(recipe.module, recipe.function) for name, recipe in RECIPES.items()}
-    abouts |= {name: recipe_text(name, name) for name in ("check", "compare")}
+    abouts |= {name: recipe_text(name, name) for name in PROGRAMS}
     abouts["show"] = inspect.getdoc(run_show)
     for name, text in abouts.items():
         commands.add_parser(name, help=text.split("\n")[0], add_help=False)
@@ -311,20 +314,6 @@ def _with_experiment(name, argv):
 
     path = find_hparams(argv[0] if named else default)
     return [str(path), *(argv[1:] if named else argv)]
-
-
-def run_compare(argv):
-    """Compare runs; the options are the recipe's own."""
-    from pi_finetune.recipes import compare
-
-    return compare.main(argv, program="pi-finetune compare")
-
-
-def run_check(argv):
-    """Judge enhancement on one's own recordings; the options are the recipe's own."""
-    from pi_finetune.recipes import check
-
-    return check.main(argv, program="pi-finetune check")
 
 
 def run_show(argv):
@@ -600,9 +589,11 @@ def main(argv=None):
     try:
         if argv and argv[0] in RECIPES:
             return run_recipe(argv[0], argv[1:])
-        own = {"check": run_check, "compare": run_compare, "show": run_show}
-        if argv and argv[0] in own:
-            return own[argv[0]](argv[1:])
+        if argv and argv[0] in PROGRAMS:
+            module = importlib.import_module(f"pi_finetune.recipes.{argv[0]}")
+            return module.main(argv[1:], program=f"pi-finetune {argv[0]}")
+        if argv and argv[0] == "show":
+            return run_show(argv[1:])
         options = parser().parse_args(argv or ["--help"])
         # A polite kill unwinds like Ctrl-C, so that half-written files are removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -20,7 +20,7 @@ HPARAMS = PROJECT_ROOT / "hparams"
 def started(monkeypatch):
     """What each recipe's main was called with, instead of a run."""
     calls = []
-    for name in ("train", "evaluate", "compare", "ablate", "probe_position"):
+    for name in ("train", "evaluate", "compare", "power", "ablate", "probe_position"):
         module = importlib.import_module(f"pi_finetune.recipes.{name}")
 
         def main(argv, name=name, **_):
@@ -42,6 +42,7 @@ def started(monkeypatch):
         (["probe"], "probe_position", [f"{HPARAMS}/probe_position.yaml"]),
         (["ablate", "--workers", "2"], "ablate", [f"{HPARAMS}/ablation.yaml", "--workers", "2"]),
         (["compare", "a", "--html"], "compare", ["a", "--html"]),
+        (["power", "a", "b"], "power", ["a", "b"]),
         (["demo"], "ablate", [f"{HPARAMS}/demo.yaml"]),
     ],
 )  # fmt: skip
@@ -93,7 +94,7 @@ def test_errors_are_one_paragraph(argv, message, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-OTHERS = ("check", "compare", "show", "enhance", "export", "push", "demo-page", "doctor")
+OTHERS = (*cli.PROGRAMS, "show", "enhance", "export", "push", "demo-page", "doctor")
 HELPS = [[], *([name] for name in (*cli.RECIPES, *OTHERS))]
 
 
@@ -139,7 +140,7 @@ def test_commands_of_the_readme_are_understood():
     lines = re.findall(r"^pi-finetune (.*)$", text, re.M)
     assert len(lines) > 2
     for words in map(shlex.split, lines):
-        if words[0] in ("check", "compare", "show"):
+        if words[0] in (*cli.PROGRAMS, "show"):
             assert len(words) > 1
         elif words[0] in cli.RECIPES:
             assert words[1].startswith("--") or find_hparams(words[1])
