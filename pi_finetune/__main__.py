@@ -22,6 +22,8 @@ from pi_finetune import __version__
 from pi_finetune.errors import UserError, command
 from pi_finetune.files import PROJECT_ROOT, shown
 
+__all__ = ["OPTIONAL", "PACKAGES", "PROGRAMS", "RECIPES", "main", "parser"]
+
 OVERVIEW_EXAMPLES = """examples:
   pi-finetune train soft_dtw --data_folder LibriSpeech --noise_folder noise
   pi-finetune evaluate --run results/soft_dtw/1234
@@ -134,7 +136,7 @@ OPTIONAL = {
 }
 
 
-def parser():
+def parser() -> argparse.ArgumentParser:
     """Build the parser of the whole command line; the recipes parse their own arguments."""
     top = argparse.ArgumentParser(
         prog="pi-finetune",
@@ -280,7 +282,7 @@ def recipe_text(module, function):
     source = (PROJECT_ROOT / "recipes" / f"{module}.py").read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name == function:
-            return ast.get_docstring(node).split("\n\nArguments\n")[0]
+            return (ast.get_docstring(node) or "").split("\n\nArguments\n")[0]
     raise LookupError(f"recipes/{module}.py has no function {function}")
 
 
@@ -303,7 +305,7 @@ def run_recipe(name, argv):
 
 def _with_experiment(name, argv):
     """The words with the experiment's file before the options."""
-    named = argv and not argv[0].startswith("-")
+    named = bool(argv) and not argv[0].startswith("-")
     default = RECIPES[name].experiment if name in RECIPES else None
     if not named and default is None:
         raise UserError(
@@ -312,7 +314,7 @@ def _with_experiment(name, argv):
         )
     from pi_finetune.config import find_hparams
 
-    path = find_hparams(argv[0] if named else default)
+    path = find_hparams(argv[0] if named else default or "")
     return [str(path), *(argv[1:] if named else argv)]
 
 
@@ -583,7 +585,7 @@ def _verdict(problems):
 
 
 @command
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int | None:
     """Entry point: run the command line, return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:

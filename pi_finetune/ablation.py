@@ -7,6 +7,7 @@ begun or, since all these recipes resume, continued.
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import itertools
 import json
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -31,6 +33,9 @@ from pi_finetune.errors import UserError
 from pi_finetune.files import write_text
 from pi_finetune.results.declarations import higher_is_better
 from pi_finetune.settings import check_choice
+
+__all__ = ["STAMP", "Ablation", "Call", "Cell", "run_cells"]
+
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +63,11 @@ class Call:
     overrides: dict
     run_opts: dict
 
-    def words(self):
+    def words(self) -> list[str]:
         """The command line that does the same, as a list of words without ``python``."""
         return words(self.recipe, [self.experiment], self.overrides, self.run_opts)
 
-    def __call__(self):
+    def __call__(self) -> None:
         """Make the call; imports PyTorch."""
         module = importlib.import_module(f"pi_finetune.recipes.{self.recipe}")
         getattr(module, self.recipe)(self.experiment, self.overrides, self.run_opts)
@@ -86,7 +91,7 @@ class Cell:
     calls: Callable[[], list]
     needs: tuple = ()
 
-    def done(self):
+    def done(self) -> bool:
         """Whether the stamp says that these very calls have been made to their end.
 
         Raises
@@ -137,7 +142,7 @@ class Work:
     calls: list
     threads: int
 
-    def __call__(self):
+    def __call__(self) -> None:
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # before torch is imported
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f".{STAMP}.lock").open("w") as lock:
@@ -153,7 +158,7 @@ class Work:
         stamp = {"commands": _commands(self.calls), "complete": complete}
         write_text(self.folder / STAMP, json.dumps(stamp, indent=1))
 
-    def checkpoint(self):
+    def checkpoint(self) -> Any:
         """Called by submitit when a cluster takes the worker away: be queued again."""
         from submitit.helpers import DelayedSubmission
 
@@ -179,7 +184,7 @@ class Ablation:
         A setting is wrong.
     """
 
-    def __init__(self, hparams):
+    def __init__(self, hparams: dict):
         self.hparams = hparams
         self.results = Path(hparams["results_folder"]).resolve()
         self.strategies = _mapping(hparams, "strategies")
@@ -208,7 +213,7 @@ class Ablation:
         for name, own in (hparams["recognizers"] or {}).items():
             call = self._recognizer(name, dict(own))
             self.recognizers[name] = Cell(
-                self.results / "recognizers" / name, lambda call=call: [call]
+                self.results / "recognizers" / name, functools.partial(list, [call])
             )
         self.searches = {group: self._search(*group) for group in self.groups}
         place, seed, rate = self.results, hparams["seeds"][0], hparams["lrs"][0]
@@ -218,13 +223,13 @@ class Ablation:
             check_choice("untrained", name, UNTRAINED)
         self._evaluations("noisy")
 
-    def cells(self):
+    def cells(self) -> list[Cell]:
         """All cells in the order in which they should run: teacher by teacher, seed by seed."""
         needs = tuple(self.recognizers.values())
         cells = [
             *needs,
             *(
-                Cell(self.results / name / "0", lambda name=name: self._evaluations(name), needs)
+                Cell(self.results / name / "0", functools.partial(self._evaluations, name), needs)
                 for name in self.hparams["untrained"]
             ),
         ]
@@ -238,7 +243,7 @@ class Ablation:
             ]
         return cells
 
-    def learning_rate(self, teacher, strategy):
+    def learning_rate(self, teacher: Any, strategy: str) -> tuple[float, dict]:
         """What the search on dev chose, once it is done: ``(rate, {rate: best dev score})``."""
         cells = self.searches[teacher, strategy]
         if not cells:
@@ -258,9 +263,9 @@ class Ablation:
                 f"{self.results / 'search'}: no learning rate of {teacher}/{strategy} has a finite "
                 f"{score}, which select_by names. Give lower lrs or another select_by."
             )
-        return best(found, key=found.get), scores
+        return best(found, key=found.__getitem__), scores
 
-    def comparisons(self):
+    def comparisons(self) -> Any:
         """What to compare, over what has been scored: ``(runs, options)``, by teacher and set."""
         comparisons = []
         shared = [self.results / name for name in (*self.hparams["untrained"], "controls")]
@@ -292,7 +297,7 @@ class Ablation:
             call = self._training(place, teacher, strategy, seed, rate, updates=updates)
             cells[rate] = Cell(
                 place / strategy / str(seed),
-                lambda call=call: [call],
+                functools.partial(list, [call]),
                 tuple(self.recognizers.values()),
             )
         return cells
@@ -360,7 +365,14 @@ def _mapping(hparams, key):
     return {name: settings or {} for name, settings in value.items()}
 
 
-def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=1.0):
+def run_cells(
+    cells: list[Cell],
+    executor: Any,
+    workers: int | None = None,
+    threads: int = 1,
+    retries: int = 2,
+    poll_seconds: float = 1.0,
+) -> dict:
     """Run what is not done, at most ``workers`` cells at once.
 
     Cells that can begin at the same time are submitted together: on a cluster, an array of jobs. A
@@ -385,7 +397,9 @@ def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=
     dict
         ``{folder: reason}`` of the cells that failed.
     """
-    failed, tries, running = {}, {}, {}
+    failed: dict = {}
+    tries: dict = {}
+    running: dict = {}
     started = time.monotonic()
     waiting = []
     for cell in cells:  # what needs a search is looked at when the search is done
@@ -407,7 +421,7 @@ def run_cells(cells, executor, workers=None, threads=1, retries=2, poll_seconds=
     progress.enter_context(bar)
     try:
         while waiting or running:
-            begun = {}
+            begun: dict = {}
             for cell in list(waiting):
                 broken = [need.folder for need in cell.needs if need.folder in failed]
                 if broken:

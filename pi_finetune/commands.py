@@ -4,13 +4,16 @@ import argparse
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 from pi_finetune import settings
 from pi_finetune.config import keys, parse_yaml
 from pi_finetune.errors import UserError
 
+__all__ = ["divide", "parse", "words"]
 
-def parse(argv):
+
+def parse(argv: list[str]) -> tuple[str, dict, dict]:
     """Read a recipe's command line, ``EXPERIMENT [--KEY VALUE ...] [--FLAG ...]``.
 
     A key that is True or False may stand without a value, for True.
@@ -90,7 +93,7 @@ def _value(option, text, given):
     return parse_yaml(f"value: {text}", option)["value"]
 
 
-def divide(experiment, values):
+def divide(experiment: str | Path, values: dict) -> tuple[dict, dict]:
     """Divide settings as one types them into overrides of a file's keys and run options.
 
     Arguments
@@ -111,7 +114,7 @@ def divide(experiment, values):
     return {k: v for k, v in values.items() if k not in run_opts}, run_opts
 
 
-def read_options(recipe, declared, given):
+def read_options(recipe: str, declared: dict, given: dict) -> Any:
     """The options of a recipe that reads no experiment file, those not given at their defaults.
 
     Arguments
@@ -141,7 +144,9 @@ def read_options(recipe, declared, given):
     return argparse.Namespace(**{**values, **changed}), changed
 
 
-def options_parser(program, argument, about, examples, declared):
+def options_parser(
+    program: str, argument: dict, about: str, examples: list[str], declared: dict
+) -> argparse.ArgumentParser:
     """The command line of such a recipe.
 
     Arguments
@@ -170,7 +175,9 @@ def options_parser(program, argument, about, examples, declared):
     return made
 
 
-def words(recipe, arguments, overrides=None, flags=None):
+def words(
+    recipe: str, arguments: list, overrides: dict | None = None, flags: dict | None = None
+) -> list[str]:
     """A command line without ``python``, as a list of words.
 
     Arguments

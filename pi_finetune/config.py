@@ -7,7 +7,9 @@ import io
 import pydoc
 import re
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import hyperpyyaml.core
@@ -18,6 +20,21 @@ from hyperpyyaml.core import recursive_update
 from pi_finetune import settings
 from pi_finetune.errors import UserError
 from pi_finetune.files import PROJECT_ROOT
+
+__all__ = [
+    "asset_folder",
+    "build",
+    "check_needs",
+    "check_overrides",
+    "find_hparams",
+    "keys",
+    "load_hparams",
+    "new",
+    "parse_yaml",
+    "ref",
+    "resolve",
+]
+
 
 #: The key whose value names a file of hparams/teachers/, which sets other keys.
 PRESET = "teacher_preset"
@@ -30,7 +47,9 @@ RETIRED = {
 }
 
 
-def load_hparams(path, overrides=None, needs=()):
+def load_hparams(
+    path: str | Path, overrides: dict | str | None = None, needs: Sequence[str] = ()
+) -> tuple[dict, str]:
     """Load an experiment file.
 
     A file may begin with ``extends: OTHER.yaml``; then OTHER (relative to the
@@ -93,7 +112,7 @@ def _nearest_name(message):
     return f" Did you mean {module}.{close[0]}?" if close else ""
 
 
-def resolve(path, overrides=None):
+def resolve(path: str | Path, overrides: dict | str | None = None) -> str:
     """An experiment file as it will run, as text that ``load_hyperpyyaml`` opens.
 
     Arguments as of :func:`load_hparams`. Every ``extends``, include, preset and reference is
@@ -118,12 +137,12 @@ def resolve(path, overrides=None):
     return text
 
 
-def check_overrides(path, overrides):
+def check_overrides(path: str | Path, overrides: dict | str | None) -> None:
     """Raise a UserError, as :func:`load_hparams` would, if a key or a value is wrong."""
     settings.check_values(settings.read(resolve(path, overrides)))
 
 
-def check_needs(path, needs):
+def check_needs(path: str | Path, needs: Sequence[str]) -> None:
     """Raise a UserError if the experiment file lacks a key of ``needs``: another recipe's file."""
     lacking = sorted(set(needs) - set(keys(path))) if needs else []
     if lacking:
@@ -132,12 +151,12 @@ def check_needs(path, needs):
         )
 
 
-def keys(path):
+def keys(path: str | Path) -> Any:
     """The top-level keys of an experiment file, those of the files it extends included."""
     return list(_merged_tree(Path(path)))
 
 
-def build(declared, **arguments):
+def build(declared: Any, **arguments: Any) -> Any:
     """What a ``!name:`` of an experiment file declares, made; any other value as it is.
 
     Arguments
@@ -164,14 +183,14 @@ def build(declared, **arguments):
     return declared(**arguments)
 
 
-def new(name, **arguments):
+def new(name: str, **arguments: Any) -> Any:
     """``!new:NAME`` with its arguments, as the value of an override."""
     node = ruamel.yaml.comments.CommentedMap(arguments)
     node.yaml_set_ctag(ruamel.yaml.Tag(suffix=f"!new:{name}"))
     return node
 
 
-def ref(key):
+def ref(key: str) -> Any:
     """``!ref <KEY>``, as the value of an override or in it."""
     node = ruamel.yaml.comments.TaggedScalar(f"<{key}>")
     node.yaml_set_ctag(ruamel.yaml.Tag(suffix="!ref"))
@@ -201,7 +220,7 @@ def _is_tagged(value):
     return isinstance(value, str) and value.startswith("!")
 
 
-def parse_yaml(text, name):
+def parse_yaml(text: str, name: str) -> Any:
     """The tree of a YAML text, with its tags; ``name`` is for the error."""
     try:
         return ruamel.yaml.YAML().load(text)
@@ -237,7 +256,8 @@ def _apply_preset(tree, given, folder):
 
 def _merged_tree(path):
     """The file with what it extends; a key of its own that nothing would read is an error."""
-    texts, own = [], []
+    texts: list = []
+    own: list = []
     tree = _extended(path, (), texts, own)
     for file, key, base in own:
         used = re.compile(rf"<{re.escape(key)}[>.\[]")
@@ -321,12 +341,12 @@ def _dump(tree):
     return stream.getvalue()
 
 
-def asset_folder():
+def asset_folder() -> str:
     """The folder of the shipped corpus and models, as text, for use in YAML."""
     return str(PROJECT_ROOT / "assets")
 
 
-def find_hparams(name):
+def find_hparams(name: str | Path) -> Path:
     """The experiment file that a user means.
 
     Arguments

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
 
 import speechbrain as sb
 import torch
@@ -9,8 +11,19 @@ from speechbrain.utils.run_opts import RunOptions
 
 from pi_finetune.errors import UserError
 
+__all__ = [
+    "check_device",
+    "device_name",
+    "gather_in_turn",
+    "mean_over_processes",
+    "on_main",
+    "processes",
+    "rank",
+    "start_processes",
+]
 
-def start_processes(run_opts):
+
+def start_processes(run_opts: dict | None) -> RunOptions:
     """Join the group of processes if ``torchrun`` started this one, and choose the device.
 
     Without a GPU the backend is gloo, whatever ``--distributed_backend`` defaults to. The device
@@ -50,7 +63,7 @@ def start_processes(run_opts):
     )
 
 
-def check_device(device):
+def check_device(device: Any) -> None:
     """Raise a UserError if a device cannot compute here."""
     try:
         torch.zeros(1, device=device).item()
@@ -59,24 +72,24 @@ def check_device(device):
         raise UserError(f"--device {device} cannot be used: {reason}") from None
 
 
-def device_name(device):
+def device_name(device: Any) -> str:
     """A device for people: ``cuda:0 (NVIDIA H100)``, ``cpu``."""
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)
 
 
-def processes():
+def processes() -> int:
     """How many processes work together."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def rank():
+def rank() -> int:
     """Which of them this is, from 0, the main one."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def on_main(function, *args):
+def on_main(function: Callable, *args: Any) -> Any:
     """Run ``function(*args)`` on the main process; all return its value or raise its UserError.
 
     (SpeechBrain's ``run_on_main`` leaves the others waiting if it raises.) Only the main one's
@@ -94,7 +107,7 @@ def on_main(function, *args):
     return value
 
 
-def mean_over_processes(value):
+def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over all processes, on each of them."""
     if processes() == 1:
         return value
@@ -104,14 +117,14 @@ def mean_over_processes(value):
     return total.to(value.device) / processes()
 
 
-def gather_in_turn(items):
+def gather_in_turn(items: list) -> list:
     """The lists of all processes as one: first of each in order of rank, second of each, ...
 
     The order of the whole, if process r was given its items r, r + P, r + 2 P, ...
     """
     if processes() == 1:
         return items
-    lists = [None] * processes()
+    lists: list = [None] * processes()
     torch.distributed.all_gather_object(lists, items)
     longest = max(map(len, lists))
     return [part[i] for i in range(longest) for part in lists if i < len(part)]

@@ -2,6 +2,9 @@
 
 import functools
 import sys
+from collections.abc import Callable
+
+__all__ = ["UserError", "command"]
 
 
 class UserError(ValueError):
@@ -12,7 +15,7 @@ class UserError(ValueError):
     """
 
 
-def command(main):
+def command(main: Callable) -> Callable:
     """Decorator of a command's ``main``: what a user did is told in words, without a traceback.
 
     A :class:`UserError` is shown as its text, exit status 2; Ctrl-C says how to go on, status 130.

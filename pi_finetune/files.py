@@ -5,7 +5,19 @@ import errno
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+__all__ = [
+    "PROJECT_ROOT",
+    "json_number",
+    "replacing",
+    "replacing_files",
+    "shown",
+    "why_not_written",
+    "write_text",
+]
+
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -18,7 +30,7 @@ os.umask(_UMASK)
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; rename it to ``path`` if the block succeeds.
 
     The folder is made if missing. Whatever ends the block early, the temporary
@@ -40,14 +52,14 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path``; see :func:`replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def replacing_files(folder):
+def replacing_files(folder: str | Path) -> Iterator[Path]:
     """Give a temporary folder; move its files into ``folder`` if the block succeeds.
 
     ``folder`` is made if missing; other files in it stay. Each file appears whole, one after the
@@ -72,7 +84,7 @@ def replacing_files(folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def why_not_written(path, error):
+def why_not_written(path: str | Path, error: Exception) -> str:
     """What to tell a user whose file could not be written.
 
     libsndfile calls a full disk "System error." and PyTorch calls it an unexpected position, so
@@ -100,12 +112,12 @@ def why_not_written(path, error):
     return f"Cannot write {shown(path)}: {getattr(error, 'strerror', None) or error}."
 
 
-def shown(path):
+def shown(path: str | Path) -> str:
     """A path as text that can be printed: bytes of a name that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def json_number(value):
+def json_number(value: float) -> float | None:
     """A number as JSON has it: a float, or None where it is not finite."""
     value = float(value)
     return value if math.isfinite(value) else None

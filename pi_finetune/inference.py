@@ -15,8 +15,10 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self, cast
 
 import numpy as np
 import soundfile
@@ -36,6 +38,16 @@ from pi_finetune.enhancers import (
 from pi_finetune.errors import UserError
 from pi_finetune.files import PROJECT_ROOT, replacing, shown, why_not_written
 from pi_finetune.lengths import Waveforms
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "UNBOUNDED_CONTEXT",
+    "Enhancer",
+    "Written",
+    "find_model",
+    "output_paths",
+]
+
 
 #: The shipped model.
 DEFAULT_MODEL = PROJECT_ROOT / "assets" / "models" / "enhancer"
@@ -79,7 +91,7 @@ class Written:
     wanted: str
 
     @property
-    def notice(self):
+    def notice(self) -> str | None:
         """What a user should know of a signal over full scale; None where there is nothing."""
         if self.limited:
             what = f"a limiter bent what is near and above it, since {self.format} has no float"
@@ -107,24 +119,30 @@ class Enhancer:
         Default: none is.
     """
 
-    def __init__(self, module, device=None, chunk_seconds=30, whole_seconds=None):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        device: str | torch.device | None = None,
+        chunk_seconds: int = 30,
+        whole_seconds: float | None = None,
+    ):
         if int(chunk_seconds) != chunk_seconds or chunk_seconds < 1:
             raise ValueError(f"chunk_seconds must be a whole number >= 1, got {chunk_seconds}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.module = module.to(self.device).eval()
+        self.module = cast(Any, module.to(self.device).eval())
         # A chunk begins at a sample that exists at either rate, so after whole seconds, and where
         # a frame of the whole recording begins: after 2 s for a hop of 256 samples.
-        grid = getattr(module, "grid", 256)
+        grid: int = getattr(self.module, "grid", 256)
         step = math.lcm(SAMPLE_RATE, grid) // SAMPLE_RATE
-        context = getattr(module, "context", None)
+        context: int | None = getattr(self.module, "context", None)
         seconds = UNBOUNDED_CONTEXT if context is None else context / SAMPLE_RATE
         if self._resumes:
-            seconds = 3 * module.reach / SAMPLE_RATE
+            seconds = 3 * self.module.reach / SAMPLE_RATE
         self.context_seconds = step * math.ceil(seconds / step)
         self.chunk_seconds = step * math.ceil(chunk_seconds / step)
         self.whole_seconds = whole_seconds
 
-    def __call__(self, wavs):
+    def __call__(self, wavs: Waveforms) -> Waveforms:
         """Enhance a batch at 16 kHz, at once but for rows that are too long for it.
 
         Arguments
@@ -152,7 +170,13 @@ class Enhancer:
         return hasattr(self.module, "enhance_window")
 
     @classmethod
-    def from_run(cls, folder=None, device=None, trust=False, **options):
+    def from_run(
+        cls,
+        folder: str | Path | None = None,
+        device: str | torch.device | None = None,
+        trust: bool = False,
+        **options: Any,
+    ) -> Self:
         """Load the best model of a run.
 
         Arguments
@@ -176,7 +200,9 @@ class Enhancer:
         source = find_model(DEFAULT_MODEL if folder is None else folder)
         return cls(load_enhancer(source, trust=trust), device, **options)
 
-    def enhance(self, wav, sample_rate=SAMPLE_RATE, mix=1.0):
+    def enhance(
+        self, wav: torch.Tensor | np.ndarray, sample_rate: int = SAMPLE_RATE, mix: float = 1.0
+    ) -> torch.Tensor:
         """Enhance waveforms in memory.
 
         Arguments
@@ -216,7 +242,13 @@ class Enhancer:
         pieces = list(self._stream(opened, sample_rate, mix))
         return torch.from_numpy(np.concatenate(pieces, axis=1)).reshape(wav.shape)
 
-    def enhance_file(self, source, target, mix=1.0, progress=None):
+    def enhance_file(
+        self,
+        source: str | Path,
+        target: str | Path,
+        mix: float = 1.0,
+        progress: Callable | None = None,
+    ) -> Written:
         """Enhance an audio file into another, at constant memory.
 
         The output has the length, rate and channels of the input, and its sample format
@@ -379,7 +411,7 @@ def _groups(rows):
     return -(-rows // _ROWS)
 
 
-def find_model(source):
+def find_model(source: str | Path) -> str | Path:
     """Find the folder of a model.
 
     Arguments
@@ -413,7 +445,7 @@ def find_model(source):
         ) from error
 
 
-def output_paths(inputs, output):
+def output_paths(inputs: Sequence[str | Path], output: str | Path) -> list[tuple[Path, Path]]:
     """Pair audio files with the files to write.
 
     Arguments
@@ -436,11 +468,11 @@ def output_paths(inputs, output):
         written to the same file.
     """
     output = Path(output)
-    inputs = [Path(path) for path in inputs]
-    if len(inputs) == 1 and inputs[0].is_file() and not output.is_dir() and _suffix_kind(output):
-        return [(inputs[0], output)]
+    paths = [Path(path) for path in inputs]
+    if len(paths) == 1 and paths[0].is_file() and not output.is_dir() and _suffix_kind(output):
+        return [(paths[0], output)]
     pairs = []
-    for path in inputs:
+    for path in paths:
         if path.is_dir():
             # What was written into the folder itself is no input when the command is repeated.
             files = sorted(
@@ -461,7 +493,7 @@ def output_paths(inputs, output):
             f"{shown(output)}: its suffix is {what}. Name a file with .wav, .flac, .ogg, .opus or "
             ".mp3 for one input file, or a folder."
         )
-    targets = {}
+    targets: dict = {}
     for source, target in pairs:
         if target in targets:
             raise UserError(

@@ -9,7 +9,8 @@ no synchronisation with a device.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from pi_finetune.lengths import (
 from pi_finetune.perturbations import NoPerturbation, Perturbation
 from pi_finetune.projections import Projection
 from pi_finetune.soft_dtw import soft_dtw
+
+if TYPE_CHECKING:
+    from pi_finetune.data.loading import SpeechPairs
 
 __all__ = [
     "L1STFTLoss",
@@ -259,9 +263,9 @@ class RepresentationObjective(nn.Module):
 
     def __init__(
         self,
-        teacher: Callable[[Waveforms], tuple[Tensor, Tensor]],
-        distance: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-        perturbation: Perturbation | None = None,
+        teacher: Any,
+        distance: Callable[..., Tensor] | None,
+        perturbation: Callable[..., Waveforms] | None = None,
         perturbed_branch: str = "clean",
         cache_mb: float = 512.0,
         projection: Projection | None = None,
@@ -272,7 +276,7 @@ class RepresentationObjective(nn.Module):
                 f"perturbed_branch: got {perturbed_branch!r}, needed is 'clean' or 'enhanced'."
             )
         self.teacher = teacher
-        self.distance = distance
+        self.distance: Any = distance
         self.projection = projection
         self.perturbation = perturbation or NoPerturbation()
         self.perturbed_branch = perturbed_branch
@@ -332,7 +336,7 @@ class RepresentationObjective(nn.Module):
         return self._projected(*self.teacher(perturbation(wavs, rngs=rngs)))
 
 
-def load_teachers(objective):
+def load_teachers(objective: torch.nn.Module) -> torch.nn.Module:
     """Make the teachers that an experiment file declares by ``!name:`` in an objective.
 
     Arguments
@@ -353,12 +357,15 @@ def load_teachers(objective):
             if id(declared) not in made:
                 made[id(declared)] = build(declared)
             module.teacher = made[id(declared)]
-            if getattr(module, "projection", None) is not None:
-                module.projection.fit_to(module.teacher)
+            projection: Any = getattr(module, "projection", None)
+            if projection is not None:
+                projection.fit_to(module.teacher)
     return objective
 
 
-def measure_projections(objective, pairs, folder):
+def measure_projections(
+    objective: torch.nn.Module, pairs: "SpeechPairs", folder: str | Path
+) -> None:
     """Let the projections in an objective measure what they need on training speech.
 
     Arguments

@@ -11,6 +11,7 @@ import html
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -23,6 +24,9 @@ from pi_finetune.recognizers import load_recognizer
 from pi_finetune.report.plots import spectrogram_image
 from pi_finetune.results.metrics import recognition_errors
 from pi_finetune.spectrograms import spectrogram
+
+__all__ = ["LONGEST_SECONDS", "Page", "read_mono"]
+
 
 #: Longer recordings are refused: the page holds one in memory several times.
 LONGEST_SECONDS = 300
@@ -43,14 +47,20 @@ class Page:
         See :func:`pi_finetune.enhancers.load_enhancer`.
     """
 
-    def __init__(self, run=None, asr_source=None, mix=1.0, trust=False):
+    def __init__(
+        self,
+        run: str | Path | None = None,
+        asr_source: str | None = None,
+        mix: float = 1.0,
+        trust: bool = False,
+    ):
         self.enhancer = Enhancer.from_run(run, trust=trust)
         self.name = "the shipped model" if run is None else "/".join(Path(run).parts[-2:])
         self.recognizer = None if asr_source is None else load_recognizer(str(asr_source))
         self.mix = mix
 
     @torch.no_grad()
-    def enhance(self, path, text, mix):
+    def enhance(self, path: str, text: str, mix: float) -> Any:
         """Enhance a file.
 
         Arguments
@@ -98,7 +108,7 @@ class Page:
         heard_by = html.escape(self.recognizer.name)
         return f"<h3>Heard by {heard_by}</h3><table>{''.join(rows)}</table>"
 
-    def blocks(self):
+    def blocks(self) -> Any:
         """The page, a ``gradio.Blocks`` to launch."""
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
         try:
@@ -155,10 +165,10 @@ class Page:
                     for name in ("Noisy", "Enhanced")
                 ]
             told = gradio.HTML(elem_id="told")
-            button.click(run, [given, text, mix], [*heard, told], api_name=False)
+            button.click(run, [given, text, mix], [*heard, told], api_name=False)  # type: ignore[arg-type]
         return page
 
-    def launch(self, host="127.0.0.1", port=None, block=True):
+    def launch(self, host: str = "127.0.0.1", port: int | None = None, block: bool = True) -> Any:
         """Serve the page.
 
         Arguments
@@ -216,7 +226,7 @@ _CSS = """
 """
 
 
-def read_mono(path):
+def read_mono(path: str | Path) -> np.ndarray:
     """Read an audio file as the mean of its channels [T], float32, 16 kHz.
 
     Raises

@@ -11,10 +11,13 @@ import re
 import sqlite3
 import unicodedata
 
+__all__ = ["inventory", "phonemes"]
+
+
 STRESS = re.compile("[ˈˌ]")
 
 
-def phonemes(text):
+def phonemes(text: str) -> list[str]:
     """Phonemes of an English text.
 
     Arguments
@@ -36,7 +39,7 @@ def phonemes(text):
 
 
 @functools.cache
-def inventory():
+def inventory() -> tuple[str, ...]:
     """All phonemes of the lexicon, a sorted tuple."""
     return tuple(sorted({phoneme for word in _lexicon().values() for phoneme in word}))
 

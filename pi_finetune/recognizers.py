@@ -17,7 +17,9 @@ import contextlib
 import hashlib
 import os
 import string
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +38,28 @@ from pi_finetune.lengths import Waveforms, as_lengths, length_mask, on_device, s
 from pi_finetune.phonemes import inventory, phonemes
 from pi_finetune.teacher import SAMPLE_RATE, Teacher
 
+__all__ = [
+    "CTCHead",
+    "CTCRecognizer",
+    "CharacterTokenizer",
+    "LogMel",
+    "PhonemeTokenizer",
+    "WhisperRecognizer",
+    "fingerprint",
+    "gives_likelihood",
+    "likelihoods",
+    "load_recognizer",
+    "save_recognizer",
+]
+
+
 CONFIG_FILE = "asr.yaml"
 WEIGHTS_FILE = "asr.safetensors"
 #: LibriSpeech's characters.
 CHARACTERS = " '" + string.ascii_uppercase
 
 
-def load_recognizer(source):
+def load_recognizer(source: str | Path | None) -> Any:
     """Load the recogniser that ``source`` names, whatever its kind.
 
     Arguments
@@ -75,7 +92,9 @@ def load_recognizer(source):
     return WhisperRecognizer(str(source))
 
 
-def likelihoods(recognizer, wavs, lengths, texts):
+def likelihoods(
+    recognizer: Any, wavs: torch.Tensor, lengths: torch.Tensor, texts: list[str | None]
+) -> list[dict]:
     """Negative log-likelihood of the transcripts that are there, as fields of a score line.
 
     Arguments
@@ -93,7 +112,7 @@ def likelihoods(recognizer, wavs, lengths, texts):
         ``{"nll": nats or None, "tokens": int}`` of each utterance; empty without a transcript, or
         from a recogniser that gives no likelihood.
     """
-    fields = [{} for _ in texts]
+    fields: list[dict] = [{} for _ in texts]
     known = [i for i, text in enumerate(texts) if text is not None]
     if known and gives_likelihood(recognizer):
         found = recognizer.nll(wavs[known], lengths[known], [texts[i] for i in known])
@@ -102,7 +121,7 @@ def likelihoods(recognizer, wavs, lengths, texts):
     return fields
 
 
-def gives_likelihood(recognizer):
+def gives_likelihood(recognizer: Any) -> bool:
     """Whether a recogniser can say how likely a transcript is."""
     return hasattr(recognizer, "nll")
 
@@ -129,10 +148,10 @@ class WhisperRecognizer:
     SECONDS = 30
     unit = "word"
 
-    def __init__(self, source, language="en"):
+    def __init__(self, source: str, language: str = "en"):
         self.name = Path(source).name or str(source)
         self.model, self.extractor, self.tokenizer = _load_whisper(str(source))
-        self.options = {"num_beams": 1, "do_sample": False}
+        self.options: dict = {"num_beams": 1, "do_sample": False}
         multilingual = _complete_generation_config(self.model, self.tokenizer, language)
         if multilingual:
             self.options.update(language=language, task="transcribe")
@@ -144,7 +163,7 @@ class WhisperRecognizer:
             self.prompt += [generation.task_to_id["transcribe"]]
         self.prompt += [generation.no_timestamps_token_id]
 
-    def __call__(self, wavs, lengths=None):
+    def __call__(self, wavs: torch.Tensor, lengths: torch.Tensor | None = None) -> list[str]:
         """Transcribe ``Waveforms``, or wavs [B, T] of lengths [B] samples."""
         texts = [""] * len(wavs)
         items = _finite_items(wavs, lengths)
@@ -181,7 +200,7 @@ class WhisperRecognizer:
             **({"truncation": False, "padding": "longest"} if long else {}),
         ).to(wavs[0].device)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Tokens of a transcript, as Whisper would write it, with the end of text.
 
         A transcript without a lower-case letter (as LibriSpeech's) is taken in lower case, any
@@ -195,7 +214,9 @@ class WhisperRecognizer:
         return [*tokens, self.tokenizer.eos_token_id]
 
     @torch.no_grad()
-    def nll(self, wavs, lengths, texts):
+    def nll(
+        self, wavs: torch.Tensor, lengths: torch.Tensor | None, texts: list[str]
+    ) -> list[tuple[float | None, int]]:
         """Teacher-forced cross-entropy of the transcripts, summed over their tokens.
 
         The decoder gets the start of transcript (language and task, if multilingual), no
@@ -222,7 +243,7 @@ class WhisperRecognizer:
             if len(wav) <= self.SECONDS * SAMPLE_RATE
             and len(self.prompt) + len(targets[i]) - 1 <= self.model.config.max_target_positions
         }
-        found = [(None, len(target)) for target in targets]
+        found: list[tuple[float | None, int]] = [(None, len(target)) for target in targets]
         if not items:
             return found
         with torch.autocast(wavs.device.type, enabled=False), _quiet_transformers():
@@ -259,7 +280,7 @@ class CTCRecognizer:
     head : CTCHead
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path):
         config = _read_config(Path(folder))
         self.name = config["name"]
         self.encoder = _load_encoder(config["encoder"])
@@ -270,16 +291,17 @@ class CTCRecognizer:
                 "again with recipes/train_asr.py"
             )
         if "phonemes" in config:
-            self.tokenizer = PhonemeTokenizer(config["phonemes"])
+            tokenizer: PhonemeTokenizer | CharacterTokenizer = PhonemeTokenizer(config["phonemes"])
         else:
-            self.tokenizer = CharacterTokenizer(config["characters"])
+            tokenizer = CharacterTokenizer(config["characters"])
+        self.tokenizer = tokenizer
         self.unit = self.tokenizer.unit
         self.head = CTCHead(**config["head"])
         _load_weights(self.head, Path(folder) / WEIGHTS_FILE)
         self.head.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def __call__(self, wavs, lengths=None):
+    def __call__(self, wavs: torch.Tensor, lengths: torch.Tensor | None = None) -> list[str]:
         """As of :class:`WhisperRecognizer`; "" for what is too short to be heard."""
         texts = [""] * len(wavs)
         items = self._long_enough(wavs, lengths)
@@ -290,7 +312,9 @@ class CTCRecognizer:
         return texts
 
     @torch.no_grad()
-    def nll(self, wavs, lengths, texts):
+    def nll(
+        self, wavs: torch.Tensor, lengths: torch.Tensor | None, texts: list[str]
+    ) -> list[tuple[float | None, int]]:
         """CTC loss of the transcripts: of all paths that spell them.
 
         Arguments
@@ -308,7 +332,7 @@ class CTCRecognizer:
             it, and for non-finite audio.
         """
         targets = [self._encode(text) for text in _texts(wavs, texts)]
-        found = [(None, len(target or ())) for target in targets]
+        found: list[tuple[float | None, int]] = [(None, len(t or ())) for t in targets]
         items = self._long_enough(wavs, lengths)
         items = {i: wav for i, wav in items.items() if targets[i] is not None}
         if not items:
@@ -362,6 +386,8 @@ class LogMel(nn.Module):
     hop = step * stacked
     receptive_field = window + step * (stacked - 1)
     max_length = None
+    filters: torch.Tensor
+    taper: torch.Tensor
 
     def __init__(self):
         super().__init__()
@@ -370,17 +396,19 @@ class LogMel(nn.Module):
         self.register_buffer("taper", torch.hann_window(self.window))
 
     @property
-    def encoder(self):
+    def encoder(self) -> Any:
         """The weights by which a recogniser knows its encoder: the filters."""
         return self
 
-    def frames(self, lengths):
+    def frames(self, lengths: torch.Tensor | None) -> torch.Tensor:
         """Number of frames [B] (int64) of utterances of ``lengths`` [B] samples."""
         lengths = torch.as_tensor(lengths, dtype=torch.int64)
         windows = (lengths - self.window).div(self.step, rounding_mode="floor") + 1
         return windows.div(self.stacked, rounding_mode="floor").clamp(min=0)
 
-    def hidden_states(self, wavs, lengths=None):
+    def hidden_states(
+        self, wavs: torch.Tensor | Waveforms, lengths: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """States [1, B, F, 240] and frame lengths [B] of ``Waveforms``, or of wavs [B, T]."""
         wavs = Waveforms.of(wavs, lengths)
         frames = self.frames(wavs.lengths)
@@ -414,7 +442,15 @@ class CTCHead(nn.Module):
         Before the projection and after each BLSTM layer.
     """
 
-    def __init__(self, num_layers, dim, num_outputs, hidden=192, depth=2, dropout=0.2):
+    def __init__(
+        self,
+        num_layers: int,
+        dim: int,
+        num_outputs: int,
+        hidden: int = 192,
+        depth: int = 2,
+        dropout: float = 0.2,
+    ):
         super().__init__()
         self.arguments = {
             "num_layers": num_layers,
@@ -433,11 +469,11 @@ class CTCHead(nn.Module):
         self.output = nn.Linear(2 * hidden if depth else hidden, num_outputs)
 
     @classmethod
-    def for_encoder(cls, encoder, tokenizer, **options):
+    def for_encoder(cls, encoder: Any, tokenizer: Any, **options: Any) -> Self:
         """A head that fits a Teacher and a tokenizer; options as of the class."""
         return cls(encoder.num_layers + 1, encoder.dim, len(tokenizer), **options)
 
-    def forward(self, states, frame_lengths):
+    def forward(self, states: torch.Tensor, frame_lengths: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [B, F, V] from states [L + 1, B, F, D] and lengths [B] in frames."""
         frame_lengths = as_lengths(frame_lengths)
         states = F.layer_norm(states.float(), states.shape[-1:])
@@ -464,6 +500,9 @@ def _normalised_over_time(x, lengths):
 
 
 class _CTCTokenizer:
+    def decode(self, indices: Iterable[int]) -> str:
+        raise NotImplementedError
+
     def greedy(self, log_probs, frame_lengths):
         """Texts of the best path through log_probs [B, F, V], lengths [B] in frames."""
         relative = shares(frame_lengths, log_probs.shape[1])
@@ -481,7 +520,7 @@ class CharacterTokenizer(_CTCTokenizer):
 
     unit = "word"
 
-    def __init__(self, characters=CHARACTERS):
+    def __init__(self, characters: str = CHARACTERS):
         if len(set(characters)) != len(characters) or " " not in characters:
             raise UserError("characters: name each once, the space among them.")
         self.characters = characters
@@ -490,7 +529,7 @@ class CharacterTokenizer(_CTCTokenizer):
     def __len__(self):
         return len(self.characters) + 1
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """List of indices of ``text`` in upper case; punctuation without an index is a space.
 
         Raises
@@ -508,7 +547,7 @@ class CharacterTokenizer(_CTCTokenizer):
         text = "".join(c if c in self.characters else " " for c in text)
         return [self.characters.index(c) + 1 for c in " ".join(text.split())]
 
-    def decode(self, indices):
+    def decode(self, indices: Iterable[int]) -> str:
         """Text of a list of indices, without blanks."""
         return " ".join("".join(self.characters[i - 1] for i in indices).split())
 
@@ -524,7 +563,7 @@ class PhonemeTokenizer(_CTCTokenizer):
 
     unit = "phoneme"
 
-    def __init__(self, phonemes=None):
+    def __init__(self, phonemes: list[str] | None = None):
         self.phonemes = list(phonemes or inventory())
         self.indices = {phoneme: i for i, phoneme in enumerate(self.phonemes, start=1)}
         self.config = {"phonemes": self.phonemes}
@@ -532,16 +571,22 @@ class PhonemeTokenizer(_CTCTokenizer):
     def __len__(self):
         return len(self.phonemes) + 1
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """List of indices of the phonemes of ``text``."""
         return [self.indices[phoneme] for phoneme in phonemes(text)]
 
-    def decode(self, indices):
+    def decode(self, indices: Iterable[int]) -> str:
         """Phonemes of a list of indices, separated by blanks."""
         return " ".join(self.phonemes[i - 1] for i in indices)
 
 
-def save_recognizer(folder, name, encoder, head, tokenizer):
+def save_recognizer(
+    folder: str | Path,
+    name: str,
+    encoder: Teacher,
+    head: CTCHead,
+    tokenizer: CharacterTokenizer | PhonemeTokenizer,
+) -> None:
     """Write ``asr.yaml`` and ``asr.safetensors``, which :class:`CTCRecognizer` loads.
 
     The encoder is not copied but named: by its hub name, relative to the project
@@ -580,7 +625,7 @@ def save_recognizer(folder, name, encoder, head, tokenizer):
     write_text(folder / CONFIG_FILE, text)
 
 
-def fingerprint(encoder):
+def fingerprint(encoder: Any) -> str:
     """Short hash of an encoder's weights: names, shapes and the first values of each tensor."""
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.encoder.state_dict().items()):
@@ -661,7 +706,9 @@ def _load_whisper(source):
                     "Whisper model, or train a recogniser on it with recipes/train_asr.py "
                     f"hparams/asr_ctc.yaml --encoder_source {source}"
                 )
-            model, report = Whisper.from_pretrained(
+            model: Any
+            report: Any
+            model, report = Whisper.from_pretrained(  # type: ignore[misc]
                 source, dtype=torch.float32, output_loading_info=True
             )
             parts = [cls.from_pretrained(source) for cls in (AutoFeatureExtractor, AutoTokenizer)]

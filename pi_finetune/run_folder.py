@@ -12,13 +12,25 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pi_finetune import settings
 from pi_finetune.distributed import device_name, on_main
 from pi_finetune.errors import UserError
 from pi_finetune.files import PROJECT_ROOT, write_text
+
+__all__ = [
+    "RECORD_FILE",
+    "SETTINGS_FILE",
+    "Lock",
+    "data_digest",
+    "open_run",
+    "package_versions",
+    "session",
+]
+
 
 #: Versions, host, device, options, start and resumes of a run, and what changed between them.
 RECORD_FILE = "run.json"
@@ -43,11 +55,11 @@ class Lock:
 
     _held: ClassVar[dict] = {}
 
-    def __init__(self, path, doing):
+    def __init__(self, path: str | Path, doing: str):
         self.path = Path(path).absolute()
         self.doing = doing
 
-    def acquire(self):
+    def acquire(self) -> None:
         """Take the lock.
 
         Raises
@@ -88,7 +100,7 @@ class Lock:
         file.flush()
         self._held[self.path] = file
 
-    def release(self):
+    def release(self) -> None:
         """Give the lock back; nothing if it is not held."""
         file = self._held.pop(self.path, None)
         if file is not None:
@@ -120,7 +132,14 @@ class RunRecord:
         The experiment's YAML text, for ``hyperparams.yaml``.
     """
 
-    def __init__(self, folder, session, changes=None, resumed=False, resolved=""):
+    def __init__(
+        self,
+        folder: str | Path,
+        session: dict,
+        changes: dict | None = None,
+        resumed: bool = False,
+        resolved: str = "",
+    ):
         self.path = Path(folder) / RECORD_FILE
         self.resolved = resolved
         self.session = session
@@ -129,7 +148,7 @@ class RunRecord:
         self.content = load_record(folder) if resumed else {}
         self.before = {**self.content.get("data", {})}
 
-    def check_data(self, part, dataset):
+    def check_data(self, part: str, dataset: Any) -> None:
         """Keep the digest of a part's utterances; on a resume, refuse others.
 
         Arguments
@@ -163,7 +182,7 @@ class RunRecord:
             )
         self.content.setdefault("data", {})[part] = digest
 
-    def write(self, update):
+    def write(self, update: int) -> None:
         """Write the record, and ``hyperparams.yaml``.
 
         Arguments
@@ -196,7 +215,7 @@ def load_record(folder):
         raise UserError(f"{path} cannot be read. Restore it, or remove it to go on.") from None
 
 
-def open_run(folder, resolve, overrides, session):
+def open_run(folder: str | Path, resolve: Callable, overrides: dict, session: dict) -> RunRecord:
     """Compare a run folder with the settings of this call.
 
     Arguments
@@ -255,7 +274,7 @@ def _shown(value):
     return text if len(text) < 60 else text[:57] + "..."
 
 
-def session(run_options, device):
+def session(run_options: dict, device: str) -> dict:
     """What is kept of a start: time, command, versions, revision, host, device, run options.
 
     Arguments
@@ -277,7 +296,7 @@ def session(run_options, device):
     }
 
 
-def data_digest(dataset):
+def data_digest(dataset: Any) -> str | None:
     """A digest of ids and durations, of noises and rooms, wherever they lie; None without any."""
     manifest = getattr(dataset, "manifest", None)
     if manifest is None:
@@ -304,7 +323,7 @@ def _command():
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def package_versions(packages):
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
     """``{package: version}`` of those that are installed; the project's own in a checkout too."""
     found = {}
     for name in packages:

@@ -7,8 +7,14 @@ saved.
 """
 
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from speechbrain.dataio.batch import PaddedBatch
+
+__all__ = ["perturbation_rngs", "utterance_rng"]
 
 
 def utterance_rng(seed: int, data_pass: int, utterance: str, purpose: str) -> np.random.Generator:
@@ -38,7 +44,7 @@ def utterance_rng(seed: int, data_pass: int, utterance: str, purpose: str) -> np
     return np.random.default_rng([int(seed), int(data_pass), *words])
 
 
-def perturbation_rngs(seed, batch):
+def perturbation_rngs(seed: int, batch: "PaddedBatch") -> list[np.random.Generator]:
     """The generators with which the utterances of a batch are perturbed.
 
     Arguments

@@ -6,7 +6,7 @@ not in it (one of the user's own, a block with a class) is not checked here.
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,32 @@ from typing import Any
 import ruamel.yaml
 
 from pi_finetune.errors import UserError
+
+__all__ = [
+    "DATA",
+    "FLAG",
+    "IRRELEVANT",
+    "NAME",
+    "SEED",
+    "SETTINGS",
+    "SNR",
+    "Tagged",
+    "check_choice",
+    "check_each",
+    "check_value",
+    "check_values",
+    "choice",
+    "compare",
+    "either",
+    "number",
+    "plain",
+    "read",
+    "resume_class",
+    "same",
+    "sequence",
+    "whole",
+]
+
 
 # What a resume does with a key that has another value than the run began with.
 #: It is another experiment: refused.
@@ -42,7 +68,7 @@ def _is_whole(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def whole(low=None, high=None):
+def whole(low: float | None = None, high: float | None = None) -> Kind:
     """A whole number of ``low`` or more, and of ``high`` at most."""
     limit = "" if low is None else f", {low} or more"
     limit += "" if high is None else f", {high} at most"
@@ -54,7 +80,7 @@ def whole(low=None, high=None):
     )
 
 
-def number(low=None, above=None, high=None):
+def number(low: float | None = None, above: float | None = None, high: float | None = None) -> Kind:
     """A finite number within limits: ``low`` and ``high`` are allowed, ``above`` is not."""
     limits = []
     if above is not None:
@@ -75,12 +101,12 @@ def number(low=None, above=None, high=None):
     )
 
 
-def choice(*values):
+def choice(*values: Any) -> Kind:
     """One of some words."""
     return Kind(f"one of {', '.join(values)}", lambda value: value in values)
 
 
-def sequence(item, of, empty=False):
+def sequence(item: Kind, of: str, empty: bool = False) -> Kind:
     """A list, or a tuple, whose every element is of the kind ``item``."""
     return Kind(
         f"a list of {of}",
@@ -92,7 +118,7 @@ def sequence(item, of, empty=False):
     )
 
 
-def either(*kinds):
+def either(*kinds: Any) -> Kind:
     """Any of some kinds."""
     return Kind(
         " or ".join(kind.wanted for kind in kinds),
@@ -335,7 +361,7 @@ _BLOCKS = frozenset(
 _NESTED = ("train", "evaluate", "training")
 
 
-def check_value(key, value):
+def check_value(key: str, value: Any) -> None:
     """Raise a UserError if ``value`` is not what the table asks of ``key``."""
     setting = SETTINGS.get(key)
     if setting is None or setting.kind is None or setting.kind.fits(value):
@@ -346,7 +372,7 @@ def check_value(key, value):
     )
 
 
-def check_choice(key, value, choices):
+def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
     """Raise a UserError that suggests the nearest word if ``value`` is none of ``choices``."""
     if value not in choices:
         close = difflib.get_close_matches(str(value), choices, n=1)
@@ -354,7 +380,7 @@ def check_choice(key, value, choices):
         raise UserError(f"{key}: there is no {value!r}.{hint} Choose from {', '.join(choices)}.")
 
 
-def check_each(values):
+def check_each(values: dict) -> None:
     """Check the keys of an experiment, each by itself; arguments and errors as of check_values."""
     for key, value in values.items():
         if key in _NESTED and isinstance(value, dict):
@@ -377,7 +403,7 @@ def _holds_tags(value):
     return isinstance(value, Tagged) or (isinstance(value, str) and value.startswith("!"))
 
 
-def check_values(values):
+def check_values(values: dict) -> None:
     """Check all keys of an experiment, each by itself and those that depend on one another.
 
     Arguments
@@ -419,7 +445,7 @@ class Tagged:
     value: Any
 
 
-def plain(node):
+def plain(node: Any) -> Any:
     """A tree that ruamel.yaml read as plain values, without comments; tags are kept.
 
     Arguments
@@ -445,12 +471,12 @@ def plain(node):
     return Tagged(tag, value) if str(tag).startswith("!") else value
 
 
-def read(text):
+def read(text: str) -> Any:
     """The plain values of a YAML text."""
     return plain(ruamel.yaml.YAML().load(text))
 
 
-def same(one, other, folders=("", "")):
+def same(one: Any, other: Any, folders: tuple[str, str] = ("", "")) -> bool:
     """Whether two plain values mean the same: as values, and paths as the place they lead to.
 
     Arguments
@@ -486,7 +512,9 @@ def _named(tag):
     return name if kind in ("!new", "!name", "!apply") and colon else tag
 
 
-def compare(old, resolve, overrides, folders=("", "")):
+def compare(
+    old: dict, resolve: Callable, overrides: dict, folders: tuple[str, str] = ("", "")
+) -> tuple[dict, dict]:
     """What changed since a run began.
 
     A block, ``opt_class`` with its ``lr``, say, is compared as it would be with the old values of
@@ -533,6 +561,6 @@ def compare(old, resolve, overrides, folders=("", "")):
     return identity, free
 
 
-def resume_class(key):
+def resume_class(key: str) -> str:
     """What a resume does with another value of ``key``; of a key that is not known, refuse it."""
     return SETTINGS[key].resume if key in SETTINGS else IDENTITY

@@ -7,11 +7,14 @@ from torchaudio.transforms import MelSpectrogram
 
 from pi_finetune.soft_dtw import alignment
 
+__all__ = ["ALIGNMENT_HOP", "expected_alignment", "spectrogram"]
+
+
 #: Frames of an example's alignment: 20 ms, as of the usual teachers.
 ALIGNMENT_HOP = 0.02
 
 
-def spectrogram(wav, sample_rate):
+def spectrogram(wav: np.ndarray, sample_rate: int) -> np.ndarray:
     """Magnitudes in dB [257, F]: 32 ms Hann window, 10 ms hop."""
     window = signal.get_window("hann", 512)
     transform = signal.ShortTimeFFT(window, sample_rate // 100, sample_rate)
@@ -21,7 +24,13 @@ def spectrogram(wav, sample_rate):
     return 20 * np.log10(np.abs(transform.stft(wav)) + 1e-7)
 
 
-def expected_alignment(enhanced, clean, sample_rate, speed=0.9, gamma=0.1):
+def expected_alignment(
+    enhanced: np.ndarray,
+    clean: np.ndarray,
+    sample_rate: int,
+    speed: float = 0.9,
+    gamma: float = 0.1,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Expected soft-DTW alignment of enhanced speech with clean speech at another speed.
 
     The features are log-mel instead of a teacher's, mean-free and L2-normalised: enough to show

@@ -6,7 +6,7 @@ gradient for the enhancer), and all of them let padding into the representation 
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -486,7 +486,7 @@ def _as_list(layers: int | str | Sequence[int | str]) -> list[int | str]:
 
 
 @contextmanager
-def quiet_transformers(bars: bool = False):
+def quiet_transformers(bars: bool = False) -> Iterator[None]:
     """No warnings of ``transformers`` inside, and no progress bars unless ``bars``."""
     verbosity = transformers_logging.get_verbosity()
     hide = transformers_logging.is_progress_bar_enabled() and not bars

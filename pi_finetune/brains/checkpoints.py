@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import speechbrain as sb
 from speechbrain.utils.checkpoints import CKPT_PREFIX, METAFNAME, Checkpoint, ckpt_recency
@@ -13,6 +15,9 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_pro
 
 from pi_finetune.distributed import on_main
 from pi_finetune.errors import UserError
+
+__all__ = ["SUMS_FILE", "Checkpointer"]
+
 
 logger = sb.utils.logger.get_logger(__name__)
 
@@ -36,7 +41,7 @@ class Checkpointer(sb.utils.checkpoints.Checkpointer):
     with one, there would be none to fall back on.
     """
 
-    def save_checkpoint(self, *args, verbosity=logging.INFO, **kwargs):
+    def save_checkpoint(self, *args: Any, verbosity: int = logging.INFO, **kwargs: Any) -> Any:
         """As SpeechBrain's; an error while writing leaves nothing and names the cause."""
         if if_main_process():
             for left_over in self.checkpoints_dir.glob(f"{UNFINISHED}*"):
@@ -82,7 +87,7 @@ class Checkpointer(sb.utils.checkpoints.Checkpointer):
         files = {name: final / path.name for name, path in checkpoint.paramfiles.items()}
         return Checkpoint(final, checkpoint.meta, files)
 
-    def list_checkpoints(self):
+    def list_checkpoints(self) -> list[Checkpoint]:
         """All checkpoints whose description can be read."""
         checkpoints = []
         for folder in self._list_checkpoint_dirs():
@@ -98,13 +103,13 @@ class Checkpointer(sb.utils.checkpoints.Checkpointer):
     def delete_checkpoints(
         self,
         *,
-        num_to_keep=1,
-        min_keys=None,
-        max_keys=None,
-        importance_keys=(),
-        ckpt_predicate=None,
-        verbosity=logging.INFO,
-    ):
+        num_to_keep: int = 1,
+        min_keys: Sequence[str] | None = None,
+        max_keys: Sequence[str] | None = None,
+        importance_keys: Sequence = (),
+        ckpt_predicate: Callable | None = None,
+        verbosity: int = logging.INFO,
+    ) -> None:
         """Delete all but the best by each key and the latest ``max(2, num_to_keep)``.
 
         Decided by the main process alone: SpeechBrain's processes each read the folder, and wait
@@ -126,8 +131,12 @@ class Checkpointer(sb.utils.checkpoints.Checkpointer):
             logger.log(verbosity, f"Deleted checkpoint in {checkpoint.path}")
 
     def recover_if_possible(
-        self, importance_key=None, max_key=None, min_key=None, ckpt_predicate=None
-    ):
+        self,
+        importance_key: Callable | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: Callable | None = None,
+    ) -> Checkpoint | None:
         """Load the first whole checkpoint, best or latest first; see the class for damaged ones.
 
         Returns

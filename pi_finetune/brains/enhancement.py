@@ -1,6 +1,7 @@
 """The Brain that fine-tunes an enhancer. What it optimises is declared in YAML."""
 
 import math
+from typing import Any
 
 import speechbrain as sb
 import torch
@@ -15,6 +16,9 @@ from pi_finetune.results import metrics
 from pi_finetune.results.declarations import higher_is_better
 from pi_finetune.results.pool import ScorePool
 from pi_finetune.seeding import perturbation_rngs
+
+__all__ = ["EnhancementBrain"]
+
 
 logger = sb.utils.logger.get_logger(__name__)
 
@@ -36,7 +40,7 @@ class EnhancementBrain(UpdateBrain):
         self.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         settings.check_choice("select_by", self.hparams.select_by, metrics.DEV_SCORES)
         self.pool = ScorePool(getattr(self.hparams, "workers", 0))
-        self.recognizer = next(iter(self.hparams.recognizers), None)
+        self.recognizer: Any = next(iter(self.hparams.recognizers), None)
         if self.hparams.select_by == "wer" and self.recognizer is None:
             raise UserError("select_by: wer needs a recogniser; set asr_source or select_by.")
         if self.hparams.select_by == "nll" and not gives_likelihood(self.recognizer):
@@ -49,7 +53,7 @@ class EnhancementBrain(UpdateBrain):
                 if hasattr(module, "check_values"):
                     module.check_values()
 
-    def make_valid_loader(self, dataset, **loader_kwargs):
+    def make_valid_loader(self, dataset: Any, **loader_kwargs: Any) -> Any:
         """As :class:`UpdateBrain`'s; speech that cannot choose the best model is refused."""
         if self.hparams.select_by in metrics.TEXT_SCORES and not any(
             (entry.get("text") or "").strip() for entry in dataset.manifest.values()
@@ -61,17 +65,17 @@ class EnhancementBrain(UpdateBrain):
             )
         return super().make_valid_loader(dataset, **loader_kwargs)
 
-    def fit(self, *args, **kwargs):
+    def fit(self, *args: Any, **kwargs: Any) -> None:
         """As :class:`UpdateBrain`'s; an error ends the processes that compute scores."""
         with self.pool:
             super().fit(*args, **kwargs)
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As SpeechBrain's; an error ends the processes that compute scores."""
         with self.pool:
             return super().evaluate(*args, **kwargs)
 
-    def compute_forward(self, batch, stage):
+    def compute_forward(self, batch: Any, stage: sb.Stage) -> Any:
         """Enhance the noisy waveforms, to ``Waveforms`` of the same lengths."""
         batch = batch.to(self.device)
         enhancer = self.modules.enhancer
@@ -79,7 +83,7 @@ class EnhancementBrain(UpdateBrain):
             enhancer = self.plain_modules["enhancer"]
         return enhancer(batch.noisy)
 
-    def compute_objectives(self, enhanced, batch, stage):
+    def compute_objectives(self, enhanced: Any, batch: Any, stage: sb.Stage) -> torch.Tensor:
         """Mean over the batch of the objective; validation also scores each utterance."""
         training = stage == sb.Stage.TRAIN
         seed = self.hparams.seed if training else self.hparams.data_seed
@@ -93,10 +97,12 @@ class EnhancementBrain(UpdateBrain):
             self._score(enhanced, batch, losses)
         return losses.mean()
 
-    def on_stage_start(self, stage, epoch=None):
+    def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Start the scores of a validation."""
         super().on_stage_start(stage, epoch)
-        self.scores, self.examples, self.added = [], {}, {}
+        self.scores: list = []
+        self.examples: dict = {}
+        self.added: dict = {}
         every = self.hparams.wer_every
         self.with_wer = (
             self.recognizer is not None
@@ -113,7 +119,7 @@ class EnhancementBrain(UpdateBrain):
             if len(self.examples) < self.hparams.log_examples:
                 self.examples[utterance] = own
             waiting.append(self.pool.submit(utterance, own["clean"], own["enhanced"]))
-        texts = [None] * len(enhanced)
+        texts: list = [None] * len(enhanced)
         if self.with_wer:
             texts = self.recognizer(enhanced.data, enhanced.lengths)
         nlls = likelihoods(self.recognizer, enhanced.data, enhanced.lengths, batch.text)
@@ -125,7 +131,7 @@ class EnhancementBrain(UpdateBrain):
                 )
             self.scores.append(score)
 
-    def on_stage_end(self, stage, stage_loss, epoch=None):
+    def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
         """After validation log, save a checkpoint, and export the model if it is the best."""
         super().on_stage_end(stage, stage_loss, epoch)
         if stage == sb.Stage.TRAIN:

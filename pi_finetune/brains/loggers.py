@@ -12,11 +12,14 @@ from pi_finetune.data.audio import SAMPLE_RATE
 from pi_finetune.errors import UserError
 from pi_finetune.spectrograms import ALIGNMENT_HOP, expected_alignment, spectrogram
 
+__all__ = ["train_loggers"]
+
+
 #: An example is cut to this many seconds, so that a run's log stays small.
 EXAMPLE_SECONDS = 5
 
 
-def train_loggers(folder, wandb_project=None):
+def train_loggers(folder: str, wandb_project: str | None = None) -> list:
     """The loggers of a run, for use in YAML.
 
     Arguments
@@ -75,7 +78,14 @@ class UpdateTensorboardLogger(TensorboardLogger):
     """
 
     @main_process_only
-    def log_stats(self, stats_meta, train_stats=None, valid_stats=None, test_stats=None, verbose=0):
+    def log_stats(
+        self,
+        stats_meta: dict,
+        train_stats: dict | None = None,
+        valid_stats: dict | None = None,
+        test_stats: dict | None = None,
+        verbose: bool = False,
+    ) -> None:
         """Write every number under its name and part, at step ``stats_meta["update"]``."""
         if "update" not in stats_meta:
             return
@@ -85,7 +95,7 @@ class UpdateTensorboardLogger(TensorboardLogger):
                 self.writer.add_scalar(f"{part}/{name}", value, stats_meta["update"])
         self.writer.flush()
 
-    def log_example(self, update, name, wavs):
+    def log_example(self, update: int, name: str, wavs: dict) -> None:
         """Write one dev utterance: audio, spectrograms, and how soft-DTW aligns it.
 
         For the main process to call, which alone has a writer.
@@ -131,7 +141,14 @@ class UpdateWandBLogger(WandBLogger):
     """Weights & Biases with the update as its step."""
 
     @main_process_only
-    def log_stats(self, stats_meta, train_stats=None, valid_stats=None, test_stats=None, verbose=0):
+    def log_stats(
+        self,
+        stats_meta: dict,
+        train_stats: dict | None = None,
+        valid_stats: dict | None = None,
+        test_stats: dict | None = None,
+        verbose: bool = False,
+    ) -> None:
         """Log all numbers at step ``stats_meta["update"]``."""
         stats_meta = {**stats_meta, "epoch": stats_meta.get("update")}  # its name for the step
         super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)

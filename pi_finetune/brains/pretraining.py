@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import speechbrain as sb
 import torch
@@ -14,6 +15,8 @@ from pi_finetune.errors import UserError
 from pi_finetune.files import replacing_files
 from pi_finetune.teacher import Teacher, quiet_transformers, standardised
 
+__all__ = ["PretrainingBrain", "export_teacher"]
+
 
 class PretrainingBrain(UpdateBrain):
     """Trains ``modules.hubert`` and the linear layer ``modules.head`` to name hidden frames.
@@ -24,7 +27,7 @@ class PretrainingBrain(UpdateBrain):
     From YAML it uses, besides what :class:`UpdateBrain` does: ``unmasked_weight``.
     """
 
-    def compute_forward(self, batch, stage):
+    def compute_forward(self, batch: Any, stage: sb.Stage) -> Any:
         """Logits [B, F, clusters]."""
         batch = batch.to(self.device)
         wavs = standardised(batch.wav)
@@ -36,13 +39,13 @@ class PretrainingBrain(UpdateBrain):
         ).last_hidden_state
         return self.modules.head(hidden)
 
-    def compute_objectives(self, logits, batch, stage):
+    def compute_objectives(self, logits: Any, batch: Any, stage: sb.Stage) -> torch.Tensor:
         """Weighted cross entropy; counts correct frames on the way."""
         targets, mask = batch.targets.data, batch.mask.data.bool()
         valid = batch.targets.mask()
         losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
         correct = logits.detach().argmax(-1) == targets
-        loss = 0.0
+        loss = losses.new_zeros(())
         for part, chosen, weight in (
             ("masked", valid & mask, 1.0),
             ("unmasked", valid & ~mask, self.hparams.unmasked_weight),
@@ -56,12 +59,12 @@ class PretrainingBrain(UpdateBrain):
             sums += torch.tensor([count, float(total.detach()), int(correct[chosen].sum())])
         return loss
 
-    def on_stage_start(self, stage, epoch=None):
+    def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Start the counts."""
         super().on_stage_start(stage, epoch)
         self.sums = {"masked": torch.zeros(3), "unmasked": torch.zeros(3)}
 
-    def on_stage_end(self, stage, stage_loss, epoch=None):
+    def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
         """After validation log, save a checkpoint, and export the model if it is the best."""
         super().on_stage_end(stage, stage_loss, epoch)
         stats = {"loss": float(stage_loss)}
@@ -119,7 +122,7 @@ def load_hubert(hubert: HubertModel, source: str | None) -> None:
     hubert.load_state_dict(weights)
 
 
-def export_teacher(hubert: HubertModel, folder) -> None:
+def export_teacher(hubert: HubertModel, folder: str | Path) -> None:
     """Write ``hubert`` as bfloat16 safetensors with its configs; replaces the files of ``folder``.
 
     ``transformers.AutoModel`` and :class:`~pi_finetune.teacher.Teacher` both load the folder, in

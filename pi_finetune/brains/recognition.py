@@ -3,7 +3,11 @@
 import itertools
 import json
 import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import speechbrain as sb
 import torch
 from speechbrain.augment.time_domain import SpeedPerturb
@@ -21,6 +25,20 @@ from pi_finetune.lengths import Waveforms, shares
 from pi_finetune.recognizers import save_recognizer
 from pi_finetune.results import metrics
 from pi_finetune.seeding import utterance_rng
+
+if TYPE_CHECKING:
+    from pi_finetune.teacher import Teacher
+
+__all__ = [
+    "Augmentation",
+    "EncodedSpeech",
+    "RecognitionBrain",
+    "error_rate",
+    "load_mixer",
+    "transcribe_set",
+    "write_lines",
+]
+
 
 logger = sb.utils.logger.get_logger(__name__)
 
@@ -41,12 +59,17 @@ class Augmentation:
         Share of utterances that get noise.
     """
 
-    def __init__(self, speeds=(100,), mixer=None, noise_probability=0.5):
+    def __init__(
+        self,
+        speeds: Sequence[int] = (100,),
+        mixer: NoiseMixer | None = None,
+        noise_probability: float = 0.5,
+    ):
         self.speeds = [SpeedPerturb(SAMPLE_RATE, [speed]) for speed in speeds]
         self.mixer = mixer
         self.noise_probability = noise_probability
 
-    def __call__(self, wav, rng):
+    def __call__(self, wav: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         """Augment wav [T] with draws from ``rng``; speed changes T."""
         wav = self.speeds[rng.integers(len(self.speeds))](wav[None])[0]
         if self.mixer is not None and rng.random() < self.noise_probability:
@@ -54,7 +77,12 @@ class Augmentation:
         return wav
 
 
-def load_mixer(noise_folder, part, snrs, noise_classes=None):
+def load_mixer(
+    noise_folder: str | Path | None,
+    part: str,
+    snrs: Sequence[float],
+    noise_classes: Sequence[str] | None = None,
+) -> NoiseMixer | None:
     """The NoiseMixer of one part (``train``, ``dev``, ``test``); None without a folder or SNRs."""
     if noise_folder is None or not snrs:
         return None
@@ -90,14 +118,14 @@ class EncodedSpeech(Dataset):
 
     def __init__(
         self,
-        manifest,
-        encoder,
-        tokenizer,
-        augmentation=None,
-        views=1,
-        seed=0,
-        cache_gb=1.0,
-        trainable=False,
+        manifest: dict,
+        encoder: "Teacher",
+        tokenizer: Any,
+        augmentation: Augmentation | None = None,
+        views: int = 1,
+        seed: int = 0,
+        cache_gb: float = 1.0,
+        trainable: bool = False,
     ):
         self.manifest = manifest
         self.encoder = encoder
@@ -105,7 +133,7 @@ class EncodedSpeech(Dataset):
         self.views = views if augmentation is not None else 1
         self.seed = seed
         self.room = cache_gb * 1e9
-        self.cache = {}
+        self.cache: dict = {}
         self.items = []
         for key, entry in manifest.items():
             try:
@@ -181,12 +209,12 @@ class RecognitionBrain(UpdateBrain):
     encoder, tokenizer, lr_schedule, valid_every, train_loggers``.
     """
 
-    def compute_forward(self, batch, stage):
+    def compute_forward(self, batch: Any, stage: sb.Stage) -> Any:
         """Log-probabilities [B, F, V] from a batch of encoded speech."""
         states = batch.to(self.device).states
         return self.modules.head(states.data.permute(2, 0, 1, 3), states.lengths)
 
-    def compute_objectives(self, log_probs, batch, stage):
+    def compute_objectives(self, log_probs: Any, batch: Any, stage: sb.Stage) -> torch.Tensor:
         """CTC loss per token; validation also counts errors."""
         frame_lengths = batch.states.lengths
         if stage != sb.Stage.TRAIN:
@@ -204,12 +232,12 @@ class RecognitionBrain(UpdateBrain):
             blank_index=0,
         )
 
-    def on_stage_start(self, stage, epoch=None):
+    def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Start the errors of a validation."""
         super().on_stage_start(stage, epoch)
-        self.errors = []
+        self.errors: list = []
 
-    def on_stage_end(self, stage, stage_loss, epoch=None):
+    def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
         """After validation log, save a checkpoint, and export the head if it is the best."""
         super().on_stage_end(stage, stage_loss, epoch)
         if stage == sb.Stage.TRAIN:
@@ -230,12 +258,19 @@ class RecognitionBrain(UpdateBrain):
         self.checkpointer.save_and_keep_only(meta=record, min_keys=[rate], num_to_keep=1)
 
 
-def error_rate(recognizer):
+def error_rate(recognizer: Any) -> str:
     """``wer`` or ``per``: what the errors of a recogniser (or of its tokenizer) add up to."""
     return {"word": "wer", "phoneme": "per"}[getattr(recognizer, "unit", "word")]
 
 
-def transcribe_set(recognizer, manifest, mixer=None, snr=None, seed=0, batch_size=8):
+def transcribe_set(
+    recognizer: Callable,
+    manifest: dict,
+    mixer: NoiseMixer | None = None,
+    snr: float | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> list[dict]:
     """Errors of a recogniser on a set, clean or with noise at one SNR.
 
     The mixtures are those of :class:`pi_finetune.data.loading.SpeechPairs` with the same seed.
@@ -275,6 +310,6 @@ def transcribe_set(recognizer, manifest, mixer=None, snr=None, seed=0, batch_siz
     return records
 
 
-def write_lines(path, records):
+def write_lines(path: str | Path, records: Iterable[dict]) -> None:
     """Write JSON lines, atomically."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -6,7 +6,9 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import speechbrain as sb
 import torch
@@ -28,10 +30,22 @@ from pi_finetune.files import json_number, write_text
 from pi_finetune.run_folder import SETTINGS_FILE, Lock, open_run
 from pi_finetune.run_folder import session as describe_session
 
+if TYPE_CHECKING:
+    from speechbrain.utils.run_opts import RunOptions
+
+__all__ = ["History", "UpdateBrain", "start_run"]
+
+
 logger = sb.utils.logger.get_logger(__name__)
 
 
-def start_run(recipe, experiment, overrides=None, run_opts=None, needs=()):
+def start_run(
+    recipe: str,
+    experiment: str | Path,
+    overrides: dict | None = None,
+    run_opts: dict | None = None,
+    needs: Sequence[str] = (),
+) -> "tuple[dict, RunOptions]":
     """Load an experiment, and open its run folder: settings, checkpoints and logs.
 
     The folder is locked until the end of ``fit``.
@@ -117,23 +131,24 @@ class History:
         a checkpoint made with others is refused.
     """
 
-    def __init__(self, batches_per_update=(1, 1)):
+    def __init__(self, batches_per_update: Sequence[int] = (1, 1)):
         self.batches_per_update = list(batches_per_update)
         self.seconds = 0.0  # validation excluded
-        self.started = None  # of the stretch of training under way, on this process's clock
+        # Of the stretch of training under way, on this process's clock.
+        self.started: float | None = None
         self.skipped = 0
-        self.finite_losses = 0  # of the epoch under way, each counted with its weight
-        self.validations = []
+        self.finite_losses = 0.0  # of the epoch under way, each counted with its weight
+        self.validations: list = []
 
-    def start(self):
+    def start(self) -> None:
         """Training goes on from here."""
         self.started = time.monotonic()
 
-    def stop(self):
+    def stop(self) -> None:
         """It rests: validation, or the end."""
         self.seconds, self.started = self.seconds_so_far(), None
 
-    def seconds_so_far(self):
+    def seconds_so_far(self) -> float:
         """Training seconds, with those of the stretch under way."""
         running = 0.0 if self.started is None else time.monotonic() - self.started
         return self.seconds + running
@@ -170,7 +185,9 @@ class UpdateBrain(sb.Brain):
     nonfinite_patience, train_loggers``.
     """
 
-    def __init__(self, *args, **kwargs):
+    optimizer_step_limit: Any  # set by SpeechBrain
+
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.optimizer_step_limit is not None:  # SpeechBrain 1.1 reads it as a string
             self.optimizer_step_limit = int(self.optimizer_step_limit)
@@ -178,14 +195,14 @@ class UpdateBrain(sb.Brain):
         self.plain_modules = dict(self.modules.items())
         self.history = History([processes(), self.grad_accumulation_factor])
         self.skipped_in_a_row = 0
-        self.spoilt = None  # why the update under way must be skipped
+        self.spoilt: str | None = None  # why the update under way must be skipped
         self.equal_batches = True
         self.weight = 1.0  # of the batch under way: its utterances, where batches differ in them
         self.update_weight = 0.0  # of the batches of the update so far
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("history", self.history)
 
-    def make_train_loader(self, dataset, **loader_kwargs):
+    def make_train_loader(self, dataset: Any, **loader_kwargs: Any) -> Any:
         """A loader that goes through ``dataset`` in shuffled passes, cut into epochs of updates.
 
         Each process has its share: batch b of process r of P is made of items that one process
@@ -195,9 +212,9 @@ class UpdateBrain(sb.Brain):
         # SpeechBrain's make_dataloader would wrap the sampler in its own DistributedSampler, which
         # lists an epoch beforehand and shuffles batches once more.
         batches = self.hparams.valid_every * self.grad_accumulation_factor * processes()
-        max_seconds = getattr(self.hparams, "max_batch_seconds", None)
+        max_seconds: float | None = getattr(self.hparams, "max_batch_seconds", None)
         self.equal_batches = max_seconds is None
-        if self.equal_batches:
+        if max_seconds is None:
             sampler = UpdateSampler(
                 len(dataset), batches * self.hparams.batch_size, self.hparams.seed
             )
@@ -216,7 +233,7 @@ class UpdateBrain(sb.Brain):
             self.checkpointer.add_recoverable("dataloader-TRAIN", loader)
         return loader
 
-    def make_valid_loader(self, dataset, **loader_kwargs):
+    def make_valid_loader(self, dataset: Any, **loader_kwargs: Any) -> Any:
         """A loader of this process's share of ``dataset``, in order.
 
         Scores are put back in the order of ``dataset`` by
@@ -232,7 +249,7 @@ class UpdateBrain(sb.Brain):
         if record is not None:
             record.check_data(part, dataset)
 
-    def on_fit_start(self):
+    def on_fit_start(self) -> None:
         """Resume, and note in the run folder from where and with what."""
         super().on_fit_start()
         done = self.optimizer_step
@@ -245,7 +262,7 @@ class UpdateBrain(sb.Brain):
         if record is not None and not self.debug:
             on_main(record.write, done)
 
-    def fit(self, *args, **kwargs):
+    def fit(self, *args: Any, **kwargs: Any) -> None:
         """As SpeechBrain's; a loader worker that died is an error one can read."""
         try:
             super().fit(*args, **kwargs)
@@ -263,7 +280,7 @@ class UpdateBrain(sb.Brain):
                 lock.release()
 
     @contextlib.contextmanager
-    def no_sync(self, use=True):
+    def no_sync(self, use: bool = True) -> Any:
         """As SpeechBrain's, which leaves synchronisation off for ever after an exception."""
         wrapped = [m for m in self.modules.values() if hasattr(m, "require_backward_grad_sync")]
         before = [module.require_backward_grad_sync for module in wrapped]
@@ -275,20 +292,20 @@ class UpdateBrain(sb.Brain):
             for module, value in zip(wrapped, before):
                 module.require_backward_grad_sync = value
 
-    def init_optimizers(self):
+    def init_optimizers(self) -> None:
         """Give the optimiser the trainable parameters only."""
         self.optimizer = self.opt_class([p for p in self.modules.parameters() if p.requires_grad])
         self.optimizers_dict = {"optimizer": self.optimizer}
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("optimizer", self.optimizer)
 
-    def on_fit_batch_start(self, batch, should_step):
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
         """Set the learning rate from the number of updates made, which a resume knows."""
         rate = self.hparams.lr_schedule.calculate_lr(self.optimizer_step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def fit_batch(self, batch):
+    def fit_batch(self, batch: Any) -> torch.Tensor:
         """One step; a non-finite one is skipped, logged and, too often in a row, an error.
 
         With gradient accumulation one bad batch spoils the update it is part of.
@@ -327,7 +344,7 @@ class UpdateBrain(sb.Brain):
             )
         self.spoilt = None
 
-    def check_loss_isfinite(self, loss):
+    def check_loss_isfinite(self, loss: torch.Tensor) -> None:
         """Called by ``fit_batch`` before the backward pass."""
         # All processes must agree to skip: what is not finite in one is not in the mean.
         if not torch.isfinite(mean_over_processes(loss.detach())):
@@ -339,7 +356,7 @@ class UpdateBrain(sb.Brain):
             loss.register_hook(lambda gradient: gradient * weight)
             self.update_weight += weight
 
-    def optimizers_step(self):
+    def optimizers_step(self) -> None:
         """Clip and step, unless the update is spoilt or its gradient not finite."""
         if self.spoilt is not None:
             self._skip()
@@ -362,7 +379,7 @@ class UpdateBrain(sb.Brain):
             return
         self.skipped_in_a_row = 0
 
-    def update_average(self, loss, avg_loss):
+    def update_average(self, loss: torch.Tensor, avg_loss: float) -> float:
         """The weighted mean of the finite losses, NaN without any; SpeechBrain's begins at 0."""
         if not math.isfinite(loss):
             return avg_loss if self.history.finite_losses else math.nan
@@ -370,18 +387,18 @@ class UpdateBrain(sb.Brain):
         self.history.finite_losses += self.weight
         return before + (float(loss) - before) * self.weight / self.history.finite_losses
 
-    def on_stage_start(self, stage, epoch=None):
+    def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Start the clock of a training epoch."""
         if stage == sb.Stage.TRAIN:
             self.history.start()
 
-    def on_stage_end(self, stage, stage_loss, epoch=None):
+    def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
         """Stop the clock of a training epoch, and begin a new average of the loss."""
-        self.history.finite_losses = 0
+        self.history.finite_losses = 0.0
         if stage == sb.Stage.TRAIN:
             self.history.stop()
 
-    def log_validation(self, epoch, train, scores):
+    def log_validation(self, epoch: int | None, train: dict, scores: dict) -> dict:
         """Log a validation everywhere.
 
         Arguments

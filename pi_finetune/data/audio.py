@@ -4,7 +4,9 @@ import io
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -16,6 +18,22 @@ from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, shown, why_not_written
 
 logger = logging.getLogger(__name__)
+
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "SAMPLE_RATE",
+    "SILENCE_RMS",
+    "Member",
+    "audio_info",
+    "find_audio",
+    "find_files",
+    "is_silent",
+    "limit",
+    "read_audio",
+    "resample",
+    "source_of",
+]
+
 
 SAMPLE_RATE = 16000
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
@@ -37,13 +55,13 @@ class Member:
         Where its bytes are.
     """
 
-    def __init__(self, shard, name, offset, size):
+    def __init__(self, shard: str, name: str, offset: int, size: int):
         self.shard, self.name, self.offset, self.size = shard, name, offset, size
 
     def __str__(self):
         return f"{self.shard}: {self.name}"
 
-    def open(self):
+    def open(self) -> Any:
         """Its bytes as a file."""
         with open(self.shard, "rb") as file:
             file.seek(self.offset)
@@ -63,23 +81,23 @@ class Converted:
         What is converted.
     """
 
-    def __init__(self, name, convert, described):
+    def __init__(self, name: str, convert: Callable, described: Any):
         self.name, self.convert, self.described = name, convert, described
 
     def __str__(self):
         return self.name
 
-    def read(self):
+    def read(self) -> torch.Tensor:
         """The samples [T], float32, 16 kHz."""
         return self.convert(self.described)
 
 
-def source_of(path):
+def source_of(path: Any) -> Any:
     """What libsndfile opens: the path as text, or the bytes of a :class:`Member`."""
     return path.open() if isinstance(path, Member) else str(path)
 
 
-def audio_info(path):
+def audio_info(path: "str | Path | Member | Converted") -> Any:
     """Return ``audio_io.info(path)`` after checking that the file is 16 kHz, mono and not empty."""
     try:
         info = audio_io.info(source_of(path))
@@ -102,7 +120,9 @@ def audio_info(path):
     return info
 
 
-def read_audio(path, start=0, frames=-1):
+def read_audio(
+    path: "str | Path | Member | Converted", start: int = 0, frames: int = -1
+) -> torch.Tensor:
     """Read samples ``start`` to ``start + frames`` of a 16 kHz mono file.
 
     Of audio that has to be :class:`Converted` all is read, so that a part of it is what it is in
@@ -136,12 +156,12 @@ def read_audio(path, start=0, frames=-1):
     return wav
 
 
-def libsndfile_says(error):
+def libsndfile_says(error: Any) -> str:
     """The reason in an error of soundfile, without the path and its bytes."""
     return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".")
 
 
-def limit(wav, knee=0.8):
+def limit(wav: np.ndarray, knee: float = 0.8) -> np.ndarray:
     """Bend what is above ``knee`` so that nothing exceeds full scale; the rest stays as it is.
 
     ``sign(x) (k + (1 - k) tanh((|x| - k) / (1 - k)))`` for ``|x| > k``: continuous in value and
@@ -163,7 +183,7 @@ def limit(wav, knee=0.8):
     return np.sign(wav) * (np.minimum(np.abs(wav), knee) + (1 - knee) * np.tanh(over))
 
 
-def save_flac(path, wav):
+def save_flac(path: str | Path, wav: np.ndarray) -> None:
     """Write a waveform [T] at 16 kHz as FLAC with 16 bits a sample; the file appears whole.
 
     FLAC has no float and would clip: a signal over full scale is limited, with a warning.
@@ -184,7 +204,7 @@ def save_flac(path, wav):
         raise UserError(why_not_written(path, error)) from error
 
 
-def resample(rows, rate, new_rate):
+def resample(rows: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """Resample rows [C, T]; polyphase, so that odd rates need no huge filter bank."""
     common = math.gcd(rate, new_rate)
     if rate == new_rate:
@@ -192,12 +212,12 @@ def resample(rows, rate, new_rate):
     return resample_poly(rows, new_rate // common, rate // common, axis=1).astype(np.float32)
 
 
-def is_silent(wav):
+def is_silent(wav: torch.Tensor) -> bool:
     """Whether the RMS of ``wav`` [T] is below :data:`SILENCE_RMS`."""
     return float(wav.square().mean().sqrt()) < SILENCE_RMS
 
 
-def find_files(folder, chosen):
+def find_files(folder: str | Path, chosen: Callable[[str], bool]) -> list[Path]:
     """Return the sorted files under ``folder`` for which ``chosen(name)`` is true.
 
     Folders that are symbolic links are followed, unless they lead back to where they lie.
@@ -228,6 +248,6 @@ def find_files(folder, chosen):
     return sorted(found)
 
 
-def find_audio(folder):
+def find_audio(folder: str | Path) -> list[Path]:
     """Return the sorted audio files under ``folder``; see :func:`find_files`."""
     return find_files(folder, lambda name: Path(name).suffix.lower() in AUDIO_SUFFIXES)

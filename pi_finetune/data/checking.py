@@ -3,6 +3,8 @@
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
@@ -19,6 +21,12 @@ from pi_finetune.data.audio import (
 )
 from pi_finetune.errors import UserError
 
+if TYPE_CHECKING:
+    from pi_finetune.data.audio import Member
+
+__all__ = ["check_pairs", "fault"]
+
+
 #: So many bad files are named in a message.
 NAMED = 20
 
@@ -29,7 +37,7 @@ _CUT_OGG = re.compile(r"ended unexpectedly|lacks an end-of-stream", re.IGNORECAS
 _STREAMED = 2**31 - 2**12
 
 
-def check_pairs(*datasets, jobs=None):
+def check_pairs(*datasets: Any, jobs: int | None = None) -> int:
     """Read every file of some :class:`~pi_finetune.data.loading.SpeechPairs`, noise included.
 
     Arguments
@@ -50,7 +58,7 @@ def check_pairs(*datasets, jobs=None):
         Files are unreadable, truncated, silent, or hold samples that are not finite; or a noisy
         file is not as long as its clean one. The message names up to :data:`NAMED` of them.
     """
-    frames = {}  # path: frames it must have, or None
+    frames: dict = {}  # path: frames it must have, or None
     for dataset in datasets:
         manifest = dataset if isinstance(dataset, dict) else getattr(dataset, "manifest", {})
         for entry in manifest.values():
@@ -77,7 +85,7 @@ def check_pairs(*datasets, jobs=None):
     return len(frames)
 
 
-def fault(path, frames=None):
+def fault(path: "str | Path | Member", frames: int | None = None) -> str | None:
     """What is wrong with an audio file, in words; None if nothing is.
 
     Arguments

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,10 +22,15 @@ from pi_finetune.data.shards import is_shards, prepare_shards
 from pi_finetune.data.texts import read_lines, read_transcripts
 from pi_finetune.errors import UserError
 
+__all__ = ["prepare_noise", "prepare_speech", "read_transcripts"]
+
+
 logger = logging.getLogger(__name__)
 
 
-def prepare_speech(folder, splits, min_seconds=0.1):
+def prepare_speech(
+    folder: str | Path, splits: str | Sequence[str], min_seconds: float = 0.1
+) -> dict:
     """Make the manifest of some splits of a corpus whose layout is recognised by its folders.
 
     Arguments
@@ -77,7 +83,7 @@ def prepare_librispeech(folder, splits):
     """Make the manifest of a LibriSpeech-layout corpus; ``text`` is None without a transcript."""
     folder = Path(folder)
     chosen = _matching_folders(folder, splits)
-    manifest = {}
+    manifest: dict = {}
     for split in chosen:
         files = find_audio(split)
         texts = read_transcripts(split)
@@ -128,7 +134,7 @@ _VOICEBANK_DEV_SPEAKERS = ("p226", "p287")
 
 def _voicebank(folder, splits):
     """VoiceBank-DEMAND (Valentini-Botinhao 2017), resampled to 16 kHz, transcripts in ``*_txt``."""
-    manifest = {}
+    manifest: dict = {}
     for split in splits:
         named = re.fullmatch(r"(train|dev|valid|test)(?:set)?[-_]?(\w*)\*?", split)
         if named is None:
@@ -194,7 +200,8 @@ def _voicebank_text(path):
 
 def _voicebank_log(folder, kind):
     """Noise class and SNR from the corpus's own log files, lines ``p232_001 bus 12.5``."""
-    entries, origin = {}, {}
+    entries: dict = {}
+    origin: dict = {}
     for path in sorted(folder.glob(f"log_{kind}*.txt")):
         for number, line in read_lines(path):
             place = f"{path}, line {number}"
@@ -220,7 +227,7 @@ def _voicebank_log(folder, kind):
 _NOISE_SHARES = (("test", 0.2), ("dev", 0.15), ("train", 1.0))
 
 
-def prepare_noise(folder, split, classes=None):
+def prepare_noise(folder: str | Path, split: str, classes: Sequence[str] | None = None) -> dict:
     """Make the noise manifest of one split; no recording second is in two splits.
 
     The class of ``CLASS-anything.flac`` is CLASS; of DEMAND's ``CLASS/ch01.wav`` it is the
@@ -244,7 +251,7 @@ def prepare_noise(folder, split, classes=None):
         ``{id: {"wav", "class", "start", "frames"}}``, start and frames in samples.
     """
     folder = Path(folder)
-    by_class = {}
+    by_class: dict = {}
     for path in find_audio(folder):
         name = _noise_class(path)
         if name is not None:
@@ -262,7 +269,7 @@ def prepare_noise(folder, split, classes=None):
 
     manifest = {}
     for name, paths in sorted(by_class.items()):
-        groups = {}
+        groups: dict = {}
         for path in paths:
             groups.setdefault(_recording(path), []).append(path)
         order = sorted(groups, key=lambda recording: (zlib.crc32(recording.encode()), recording))

@@ -13,7 +13,9 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -24,11 +26,19 @@ from pi_finetune.data.texts import read_lines, read_table, read_transcripts
 from pi_finetune.errors import UserError
 from pi_finetune.files import shown
 
+__all__ = ["is_listed", "prepare_listed", "prepare_recordings", "read_recording"]
+
+
 #: So much is read of a file at once, in samples: what is kept of it is one channel.
 _BLOCK = 1 << 20
 
 
-def prepare_recordings(source, splits=None, channel=None, min_seconds=0.1):
+def prepare_recordings(
+    source: str | Path,
+    splits: list[str] | None = None,
+    channel: int | None = None,
+    min_seconds: float = 0.1,
+) -> dict:
     """Make the manifest of a set of recordings that have no clean version.
 
     Arguments
@@ -82,7 +92,7 @@ def prepare_recordings(source, splits=None, channel=None, min_seconds=0.1):
     return _finished(name, manifest, channel, min_seconds)
 
 
-def is_listed(source, splits=()):
+def is_listed(source: str | Path, splits: Sequence[str] = ()) -> bool:
     """Whether a corpus is given by a list of its files, and not by the folders they lie in.
 
     Arguments
@@ -107,7 +117,7 @@ def is_listed(source, splits=()):
     return bool(_lists_in(path)) and not any(fnmatch.filter(folders, s) for s in splits)
 
 
-def prepare_listed(source, splits):
+def prepare_listed(source: str | Path, splits: list[str]) -> dict:
     """Make the manifest of a corpus that is given by lists of its files.
 
     Arguments
@@ -224,7 +234,7 @@ def _finished(name, manifest, channel=None, min_seconds=0.1):
     return dict(sorted(manifest.items()))
 
 
-def read_recording(entry):
+def read_recording(entry: dict) -> torch.Tensor:
     """Read an entry of :func:`prepare_recordings`.
 
     Arguments
@@ -284,13 +294,13 @@ class HubAudio:
         For messages.
     """
 
-    def __init__(self, dataset, index, column, name):
+    def __init__(self, dataset: Any, index: int, column: str, name: str):
         self.dataset, self.index, self.column, self.name = dataset, index, column, name
 
     def __str__(self):
         return self.name
 
-    def open(self):
+    def open(self) -> Any:
         """Its bytes as a file."""
         held = self.dataset[self.index][self.column]
         return io.BytesIO(held["bytes"] or Path(held["path"]).read_bytes())
@@ -348,7 +358,7 @@ def _from_folder(folder, splits):
                     f"{', '.join(p.name for p in present) or 'no folders at all'}."
                 )
             folders += [p for p in matches if p not in folders]
-    manifest = {}
+    manifest: dict = {}
     for chosen in folders:
         texts = read_transcripts(chosen)
         for path in find_audio(chosen):
@@ -374,7 +384,7 @@ def _from_kaldi(scp):
         return read_table(path) if path.is_file() else {}
 
     texts, speakers, segments = map(beside_it, ("text", "utt2spk", "segments"))
-    manifest = {}
+    manifest: dict = {}
     if not segments:
         segments = {key: (number, None) for key, (number, _) in wavs.items()}
         listed = scp
@@ -418,7 +428,7 @@ def _from_csv(path):
             f"wav is expected, found {', '.join(columns) or 'nothing'}."
         )
     rows.fieldnames = columns
-    manifest = {}
+    manifest: dict = {}
     for row in rows:
         place = f"{shown(path)}, line {numbers[rows.line_num - 1]}"
         if None in row or None in row.values():
@@ -453,7 +463,7 @@ def _from_lhotse(path):
         raise UserError(
             f"{shown(path)}: cuts are read by lhotse, which is missing: pip install lhotse"
         ) from None
-    manifest = {}
+    manifest: dict = {}
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
@@ -466,7 +476,7 @@ def _from_lhotse(path):
             cut = deserialize_item(json.loads(line))
         except Exception as error:  # lhotse's constructors raise anything
             raise UserError(f"{place}: is no cut of lhotse ({error!r}).") from None
-        sources = getattr(getattr(cut, "recording", None), "sources", ())
+        sources: Any = getattr(getattr(cut, "recording", None), "sources", ())
         transformed = getattr(getattr(cut, "recording", None), "transforms", None)
         if type(cut).__name__ != "MonoCut" or len(sources) != 1 or sources[0].type != "file":
             raise UserError(
@@ -513,7 +523,7 @@ def _from_hub(name, splits=None):
         raise UserError(
             f"{name}: has the splits {', '.join(loaded)}. Name one: hf:{dataset_name}:SPLIT"
         )
-    manifest = {}
+    manifest: dict = {}
     for split in loaded if splits is None else _chosen(name, loaded, splits):
         for key, entry in _of_dataset(f"{name}:{split}", loaded[split], datasets).items():
             _add(manifest, key, entry)
@@ -534,7 +544,7 @@ def _of_dataset(name, loaded, datasets):
         return next((column for column in names if column in loaded.features), None)
 
     ids, texts, speakers = map(first, (_IDS, _TEXTS, _SPEAKERS))
-    manifest = {}
+    manifest: dict = {}
     # Without ids, rows are numbered; the split is in the name, since another may be taken too.
     digits, of_split = max(6, len(str(len(loaded)))), str(loaded.split or "row")
     others = [column for column in (ids, texts, speakers) if column]

@@ -3,7 +3,9 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,16 @@ from pi_finetune.data.rooms import load_reverberator
 from pi_finetune.errors import UserError
 from pi_finetune.lengths import Padded, Waveforms
 from pi_finetune.seeding import utterance_rng
+
+__all__ = [
+    "ShareOfSampler",
+    "SpeechPairs",
+    "UpdateBatchSampler",
+    "UpdateSampler",
+    "choose",
+    "collate",
+    "load_pairs",
+]
 
 
 class SpeechPairs(Dataset):
@@ -50,12 +62,12 @@ class SpeechPairs(Dataset):
 
     def __init__(
         self,
-        manifest,
-        mixer=None,
-        seed=0,
-        segment_seconds=None,
-        each_snr=False,
-        reverberator=None,
+        manifest: dict,
+        mixer: NoiseMixer | None = None,
+        seed: int = 0,
+        segment_seconds: float | None = None,
+        each_snr: bool = False,
+        reverberator: Any = None,
     ):
         if not manifest:
             raise UserError("The manifest is empty: no utterance matches the chosen splits.")
@@ -70,21 +82,21 @@ class SpeechPairs(Dataset):
     def __len__(self):
         return len(self.items)
 
-    def item_id(self, index):
+    def item_id(self, index: int) -> str:
         """The id of the pair at ``index``, without reading audio."""
         key, snr = self.items[index]
         return key if snr is None else f"{key}@{snr:g}dB"
 
-    def item_text(self, index):
+    def item_text(self, index: int) -> None:
         """The transcript of the pair at ``index``, or None."""
         return self.manifest[self.items[index][0]]["text"]
 
-    def seconds(self):
+    def seconds(self) -> Any:
         """Length of each pair in seconds, as it is loaded."""
         longest = float("inf") if self.segment is None else self.segment / SAMPLE_RATE
         return [min(self.manifest[key]["duration"], longest) for key, _ in self.items]
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """A short digest of everything that determines the pairs, file contents aside."""
         noises = None
         if self.mixer is not None:
@@ -122,11 +134,13 @@ class SpeechPairs(Dataset):
         if "noisy" in entry:
             noisy = read_audio(entry["noisy"], start, frames)
         elif self.reverberator is None:
+            assert self.mixer is not None  # what has no noisy file needs one
             noisy, clean, info = self.mixer(clean, rng, snr)
         else:
             # A generator of its own: crop, noise and SNR are those that are drawn without rooms.
             room = utterance_rng(self.seed, data_pass, key, "room")
             heard, target = self.reverberator(clean, room)
+            assert self.mixer is not None
             noisy, clean, info = self.mixer(heard, rng, snr, target)
         return {
             "id": self.item_id(index),
@@ -160,21 +174,22 @@ class UpdateSampler(Sampler):
         Index of the utterance, and number of the pass over the data, from 0.
     """
 
-    def __init__(self, dataset_size, items_per_epoch, seed):
+    def __init__(self, dataset_size: int, items_per_epoch: int, seed: int):
         self.dataset_size = dataset_size
         self.items_per_epoch = items_per_epoch
         self.seed = seed
         self.epoch = 1
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int | None) -> None:
         """Called by SpeechBrain's Brain before each epoch (the first is 1)."""
-        self.epoch = epoch
+        self.epoch = epoch or 1
 
     def __len__(self):
         return self.items_per_epoch
 
     def __iter__(self):
-        order, order_pass = None, None
+        order: list[int] = []
+        order_pass = None
         first = (self.epoch - 1) * self.items_per_epoch
         for position in range(first, first + self.items_per_epoch):
             data_pass, index = divmod(position, self.dataset_size)
@@ -212,7 +227,13 @@ class UpdateBatchSampler(Sampler):
     """
 
     def __init__(
-        self, seconds, batches_per_epoch, seed, max_batch_seconds, max_batch_size, buckets=20
+        self,
+        seconds: list[float],
+        batches_per_epoch: int,
+        seed: int,
+        max_batch_seconds: float,
+        max_batch_size: int,
+        buckets: int = 20,
     ):
         self.seconds = [float(value) for value in seconds]
         self.batches_per_epoch = batches_per_epoch
@@ -224,16 +245,17 @@ class UpdateBatchSampler(Sampler):
             "bucket_boundaries": sorted({*np.quantile(self.seconds, shares, method="higher")}),
         }
         self.epoch = 1
-        self._made = None, []  # the pass under way: an epoch is seldom a whole one
+        # The pass under way: an epoch is seldom a whole one.
+        self._made: tuple[int | None, list] = (None, [])
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int | None) -> None:
         """Called by SpeechBrain's Brain before each epoch (the first is 1)."""
-        self.epoch = epoch
+        self.epoch = epoch or 1
 
     def __len__(self):
         return self.batches_per_epoch
 
-    def batches(self, data_pass):
+    def batches(self, data_pass: int) -> list[list[int]]:
         """The batches of a pass; equally many in each, since the buckets stay the same."""
         if self._made[0] == data_pass:
             return self._made[1]
@@ -258,12 +280,12 @@ class UpdateBatchSampler(Sampler):
 class ShareOfSampler(Sampler):
     """What process ``rank`` of ``processes`` gets of a sampler: every ``processes``-th from it."""
 
-    def __init__(self, sampler, rank, processes):
+    def __init__(self, sampler: Any, rank: int, processes: int):
         self.sampler = sampler
         self.rank = rank
         self.processes = processes
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int | None) -> None:
         """Called by SpeechBrain's Brain before each epoch (the first is 1)."""
         self.sampler.set_epoch(epoch)
 
@@ -274,7 +296,7 @@ class ShareOfSampler(Sampler):
         return itertools.islice(self.sampler, self.rank, None, self.processes)
 
 
-def collate(examples):
+def collate(examples: list[dict]) -> PaddedBatch:
     """Make a batch of examples: what a loader's ``collate_fn`` is here.
 
     Arguments
@@ -309,7 +331,9 @@ def _unpadded(rows):
     return rows, None
 
 
-def choose(manifest, count, max_seconds=None, seed=0):
+def choose(
+    manifest: dict, count: int | None, max_seconds: float | None = None, seed: int = 0
+) -> dict:
     """Keep ``count`` utterances (all if None) of at most ``max_seconds``, spread over speakers.
 
     Speakers take turns; within a speaker the order is drawn with ``seed``. The
@@ -320,7 +344,7 @@ def choose(manifest, count, max_seconds=None, seed=0):
             f"{count} utterances were asked for. Give a whole number from 1 on, or null for all "
             "(valid_utterances, test_utterances)."
         )
-    by_speaker = {}
+    by_speaker: dict = {}
     for key, entry in manifest.items():
         if max_seconds is None or entry["duration"] <= max_seconds:
             by_speaker.setdefault(entry["speaker"], []).append(key)
@@ -337,24 +361,24 @@ def choose(manifest, count, max_seconds=None, seed=0):
 
 
 def load_pairs(
-    data_folder,
-    splits,
-    part,
-    noise_folder=None,
-    noise_classes=None,
-    snrs=(0, 5, 10),
-    seed=0,
-    segment_seconds=None,
-    count=None,
-    max_seconds=None,
-    too_long="drop",
-    each_snr=False,
-    noise_filtered=0.0,
-    rir_folder=None,
-    rir_probability=1.0,
-    rir_early_seconds=0.05,
-    rir_rt60=(0.2, 0.8),
-):
+    data_folder: str | Path,
+    splits: str | Sequence[str],
+    part: str,
+    noise_folder: str | Path | None = None,
+    noise_classes: Sequence[str] | None = None,
+    snrs: Sequence[float] = (0, 5, 10),
+    seed: int = 0,
+    segment_seconds: float | None = None,
+    count: int | None = None,
+    max_seconds: float | None = None,
+    too_long: str = "drop",
+    each_snr: bool = False,
+    noise_filtered: float = 0.0,
+    rir_folder: str | Path | None = None,
+    rir_probability: float = 1.0,
+    rir_early_seconds: float = 0.05,
+    rir_rt60: Sequence[float] = (0.2, 0.8),
+) -> SpeechPairs:
     """Make the noisy/clean pairs of one part of an experiment, from folders.
 
     Arguments

@@ -1,6 +1,7 @@
 """Noise mixing at an exact SNR, with a clean target scaled like the mixture."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,8 +9,16 @@ import torch
 from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
 from pi_finetune.errors import UserError
 
+__all__ = ["NoiseMixer", "mix_at_snr", "random_filter"]
 
-def mix_at_snr(clean, noise, snr, peak=0.99, target=None):
+
+def mix_at_snr(
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    snr: float,
+    peak: float = 0.99,
+    target: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Add noise to speech.
 
     SNR is the ratio of the mean powers over the whole signal, in dB. If the
@@ -37,13 +46,17 @@ def mix_at_snr(clean, noise, snr, peak=0.99, target=None):
     return below(peak, clean + gain * noise, clean if target is None else target)
 
 
-def below(peak, noisy, clean):
+def below(
+    peak: float, noisy: torch.Tensor, clean: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale both by the one factor by which ``noisy`` stays below ``peak``; 1 if it does."""
     scale = min(1.0, peak / float(noisy.abs().max()))
     return noisy * scale, clean * scale
 
 
-def random_filter(wav, rng, depth=12.0, knots=6):
+def random_filter(
+    wav: torch.Tensor, rng: np.random.Generator, depth: float = 12.0, knots: int = 6
+) -> torch.Tensor:
     """Colour a signal as another room, microphone or distance would.
 
     The gain in dB is linear in the logarithm of the frequency between ``knots`` points from
@@ -86,12 +99,12 @@ class NoiseMixer:
         Share of the noises that go through a random filter (:func:`random_filter`). Default: 0.
     """
 
-    def __init__(self, noises, snrs, filtered=0.0):
+    def __init__(self, noises: dict, snrs: Sequence[float], filtered: float = 0.0):
         if not noises:
             raise UserError("noise_folder: no noise recording is left after the choice of classes.")
         if not snrs:
             raise UserError("snrs: name at least one SNR in dB.")
-        self.by_class = {}
+        self.by_class: dict = {}
         for _, entry in sorted(noises.items()):
             self.by_class.setdefault(entry["class"], []).append(entry)
         self.classes = sorted(self.by_class)
@@ -102,7 +115,13 @@ class NoiseMixer:
             raise UserError(f"noise_filtered: {filtered} must be a share from 0 to 1.")
         self.filtered = filtered
 
-    def __call__(self, clean, rng, snr=None, target=None):
+    def __call__(
+        self,
+        clean: torch.Tensor,
+        rng: np.random.Generator,
+        snr: float | None = None,
+        target: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Mix ``clean`` [T] with noise drawn by ``rng``; ``snr`` fixes the SNR (in dB).
 
         Where ``clean`` is speech in a room, ``target`` [T] is what an enhancer is to make of it.
@@ -166,14 +185,21 @@ class Interference:
         Ratios of the first speaker to the second, in dB, equally likely.
     """
 
-    def __init__(self, probability, mixer=None, speech=None, speech_share=0.0, speech_snrs=(0.0,)):
+    def __init__(
+        self,
+        probability: float,
+        mixer: NoiseMixer | None = None,
+        speech: dict | None = None,
+        speech_share: float = 0.0,
+        speech_snrs: Sequence[float] = (0.0,),
+    ):
         if probability and speech_share < 1 and mixer is None:
             raise UserError(
                 "noise_folder: needed for noise_probability above 0 (or set speech_noise_share: 1)."
             )
         self.keys = list(speech or ()) if probability and speech_share else []
-        self.speech = speech
-        if probability and speech_share and len({speech[k]["speaker"] for k in self.keys}) < 2:
+        self.speech = speech or {}
+        if probability and speech_share and len({self.speech[k]["speaker"] for k in self.keys}) < 2:
             raise UserError(
                 "speech_noise_share: needs speech of two speakers or more; set it to 0."
             )
@@ -182,11 +208,12 @@ class Interference:
         self.speech_share = speech_share
         self.speech_snrs = [float(snr) for snr in speech_snrs]
 
-    def __call__(self, wav, speaker, rng):
+    def __call__(self, wav: torch.Tensor, speaker: str, rng: np.random.Generator) -> torch.Tensor:
         """``wav`` [T] of ``speaker``, disturbed or as it is, by draws from ``rng``."""
         if rng.random() >= self.probability or is_silent(wav):
             return wav
         if rng.random() >= self.speech_share:
+            assert self.mixer is not None
             return self.mixer(wav, rng)[0]
         snr = self.speech_snrs[rng.integers(len(self.speech_snrs))]
         if math.isinf(snr):

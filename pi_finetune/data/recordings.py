@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -26,26 +28,26 @@ class Recordings(Dataset):
 
     has_clean = False
 
-    def __init__(self, manifest):
+    def __init__(self, manifest: dict):
         self.manifest = manifest
         self.ids = list(manifest)
 
     def __len__(self):
         return len(self.ids)
 
-    def item_id(self, index):
+    def item_id(self, index: int) -> str:
         """The id of the recording at ``index``, without reading audio."""
         return self.ids[index]
 
-    def item_text(self, index):
+    def item_text(self, index: int) -> str | None:
         """The transcript of the recording at ``index``, or None."""
         return self.manifest[self.ids[index]]["text"]
 
-    def seconds(self):
+    def seconds(self) -> list[float]:
         """Length of each recording in seconds."""
         return [entry["duration"] for entry in self.manifest.values()]
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """A short digest of which parts of which recordings these are, file contents aside."""
         parts = [
             (key, *(entry[name] for name in ("start", "duration", "rate", "channel")))
@@ -69,7 +71,7 @@ class Recordings(Dataset):
         }
 
 
-def load_recordings(source, channel=None, count=None):
+def load_recordings(source: str | Path, channel: Any = None, count: int | None = None) -> Any:
     """The data set of some recordings, for use in YAML.
 
     Arguments

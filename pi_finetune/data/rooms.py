@@ -7,7 +7,9 @@ to take the late reverberation away, and noisy and target stay aligned.
 
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -16,6 +18,9 @@ from scipy.signal import fftconvolve
 
 from pi_finetune.data.audio import SAMPLE_RATE, find_audio, libsndfile_says, resample
 from pi_finetune.errors import UserError
+
+__all__ = ["FolderRIRs", "Reverberator", "SimulatedRIRs", "load_reverberator", "reverberate"]
+
 
 #: In the place of a folder: rooms are drawn and simulated by pyroomacoustics.
 SIMULATED = "simulated"
@@ -37,7 +42,7 @@ class Reverberator:
         that the clarity index C50 uses (ISO 3382-1).
     """
 
-    def __init__(self, rirs, probability=1.0, early_seconds=0.05):
+    def __init__(self, rirs: Any, probability: float = 1.0, early_seconds: float = 0.05):
         if not 0 <= probability <= 1:
             raise UserError(f"rir_probability: {probability} must be a share from 0 to 1.")
         if not early_seconds > 0:
@@ -46,7 +51,9 @@ class Reverberator:
         self.probability = probability
         self.early_seconds = early_seconds
 
-    def __call__(self, clean, rng):
+    def __call__(
+        self, clean: torch.Tensor, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put ``clean`` [T] into a room that ``rng`` draws.
 
         Returns
@@ -59,12 +66,14 @@ class Reverberator:
             return clean, clean
         return reverberate(clean, self.rirs.draw(rng), self.early_seconds)
 
-    def described(self):
+    def described(self) -> list:
         """What determines the rooms, as JSON has it."""
         return [self.probability, self.early_seconds, self.rirs.described()]
 
 
-def reverberate(clean, rir, early_seconds=0.05):
+def reverberate(
+    clean: torch.Tensor, rir: np.ndarray, early_seconds: float = 0.05
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Convolve speech with a room impulse response, and with the early part of it.
 
     The direct path is the largest sample of the response, at ``d``. Both results are taken from
@@ -116,7 +125,7 @@ class FolderRIRs:
         ``train``, ``dev`` or ``test``.
     """
 
-    def __init__(self, folder, part):
+    def __init__(self, folder: str | Path, part: str):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"rir_folder: {folder} is no folder, nor is it {SIMULATED}.")
@@ -131,7 +140,7 @@ class FolderRIRs:
                     f"rir_folder: {path} cannot be read as audio ({libsndfile_says(error)}). "
                     "Remove or replace it."
                 ) from None
-        rooms = {}
+        rooms: dict = {}
         for path in paths:
             rooms.setdefault(str(path.parent.relative_to(self.folder)), []).append(path)
         if len(rooms) < 4:
@@ -143,7 +152,7 @@ class FolderRIRs:
             rooms = {room: rooms[room] for room in parts.get(part, order[test + dev :])}
         self.paths = sorted(path for room in rooms.values() for path in room)
 
-    def draw(self, rng):
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
         """A response [R] at 16 kHz."""
         path = self.paths[rng.integers(len(self.paths))]
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
@@ -154,7 +163,7 @@ class FolderRIRs:
             )
         return rir.astype(np.float64)
 
-    def described(self):
+    def described(self) -> list:
         """Names of the responses."""
         return [str(path.relative_to(self.folder)) for path in self.paths]
 
@@ -175,7 +184,7 @@ class SimulatedRIRs:
         comes later is left out. Default: 20.
     """
 
-    def __init__(self, rt60=(0.2, 0.8), max_order=20):
+    def __init__(self, rt60: Sequence[float] = (0.2, 0.8), max_order: int = 20):
         try:
             import pyroomacoustics  # noqa: F401
         except ImportError:
@@ -186,12 +195,12 @@ class SimulatedRIRs:
         self.rt60 = [float(seconds) for seconds in rt60]
         self.max_order = max_order
 
-    def draw(self, rng):
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
         """A response [R] at 16 kHz."""
         import pyroomacoustics
 
-        size = rng.uniform([3, 3, 2.4], [10, 8, 4])
-        rt60 = rng.uniform(*self.rt60)
+        size = rng.uniform(np.array([3, 3, 2.4]), np.array([10, 8, 4]))
+        rt60 = rng.uniform(self.rt60[0], self.rt60[1])
         source, microphone = rng.uniform(0.3, size - 0.3, (2, 3))
         while np.linalg.norm(source - microphone) < 0.5:
             microphone = rng.uniform(0.3, size - 0.3)
@@ -210,12 +219,18 @@ class SimulatedRIRs:
         room.compute_rir()
         return np.asarray(room.rir[0][0], dtype=np.float64)
 
-    def described(self):
+    def described(self) -> list:
         """What the rooms are drawn from."""
         return [SIMULATED, self.rt60, self.max_order]
 
 
-def load_reverberator(folder, part, probability=1.0, early_seconds=0.05, rt60=(0.2, 0.8)):
+def load_reverberator(
+    folder: str | Path | None,
+    part: str,
+    probability: float = 1.0,
+    early_seconds: float = 0.05,
+    rt60: Sequence[float] = (0.2, 0.8),
+) -> Any:
     """The reverberation that an experiment declares.
 
     Arguments

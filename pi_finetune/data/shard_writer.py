@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import soundfile
@@ -23,8 +24,12 @@ from pi_finetune.data.shards import index_shard
 from pi_finetune.errors import UserError, command
 from pi_finetune.files import replacing
 
+__all__ = ["main", "write_shards"]
 
-def write_shards(folder, output, splits, megabytes=500):
+
+def write_shards(
+    folder: str | Path, output: str | Path, splits: str | Sequence[str], megabytes: float = 500
+) -> list[Path]:
     """Copy a corpus folder into shards, without changing its audio.
 
     What is not 16 kHz and one channel (see :func:`pi_finetune.data.layouts.prepare_listed`) is
@@ -59,15 +64,15 @@ def write_shards(folder, output, splits, megabytes=500):
             raise UserError(
                 f"{folder}: has noisy files of its own, for which shards have no place."
             )
-        batch, size = [], 0
-        batches = [batch]
+        size = 0
+        batches: list[list] = [[]]
         for key, entry in manifest.items():
             if "." in key:
                 raise UserError(f"{entry['wav']}: WebDataset allows no dot in an id.")
             if size > megabytes * 1e6:
-                batch, size = [], 0
-                batches.append(batch)
-            batch.append((key, entry))
+                size = 0
+                batches.append([])
+            batches[-1].append((key, entry))
             is_file = not isinstance(entry["wav"], Converted)
             size += os.path.getsize(entry["wav"]) if is_file else entry["duration"] * SAMPLE_RATE
         for number, batch in enumerate(batches):
@@ -101,7 +106,7 @@ def _add(tar, name, content):
 
 
 @command
-def main(argv):
+def main(argv: list[str] | None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m pi_finetune.data.shard_writer", description=__doc__.split("\n")[0]

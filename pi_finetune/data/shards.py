@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import braceexpand
@@ -22,8 +23,10 @@ from pi_finetune.data.audio import AUDIO_SUFFIXES, SAMPLE_RATE, Member, audio_in
 from pi_finetune.errors import UserError
 from pi_finetune.files import write_text
 
+__all__ = ["index_shard", "is_shards", "prepare_shards"]
 
-def is_shards(folder):
+
+def is_shards(folder: str | Path) -> bool:
     """Whether ``folder`` names shards: a pattern ending in ``.tar``, or a folder of such files."""
     if str(folder).endswith(".tar"):
         return True
@@ -31,7 +34,7 @@ def is_shards(folder):
     return any(path.suffix == ".tar" for path in inside) and not any(p.is_dir() for p in inside)
 
 
-def prepare_shards(source, splits):
+def prepare_shards(source: str | Path, splits: Sequence[str]) -> dict:
     """Make the manifest of shards; see :mod:`pi_finetune.data.corpora` for its form.
 
     What is in a shard is listed once and kept beside it as ``SHARD.index.json``.
@@ -55,7 +58,7 @@ def prepare_shards(source, splits):
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         raise UserError(f"data_folder: {missing[0]} is missing ({len(missing)} such shards).")
-    manifest = {}
+    manifest: dict = {}
     for pattern in splits:
         chosen = [shard for shard in shards if fnmatch.fnmatch(_split(shard), pattern)]
         if not chosen:
@@ -80,7 +83,7 @@ def _split(shard):
     return re.sub(r"-?\d+$", "", shard.stem)
 
 
-def index_shard(shard):
+def index_shard(shard: Path) -> dict:
     """What is in a shard, from ``SHARD.index.json`` if that is of this very file.
 
     Arguments
@@ -107,7 +110,7 @@ def index_shard(shard):
                 return index["samples"]
         except (ValueError, KeyError):
             pass  # torn or foreign: made anew
-    samples = {}
+    samples: dict = {}
     try:
         with tarfile.open(shard) as tar:
             for member in tar:
@@ -115,14 +118,16 @@ def index_shard(shard):
                     continue
                 key, _, suffix = Path(member.name).name.partition(".")
                 sample = samples.setdefault(key, {})
-                place = [member.name, member.offset_data, member.size]
+                place: list = [member.name, member.offset_data, member.size]
                 if f".{suffix.lower()}" in AUDIO_SUFFIXES:
                     if "member" in sample:
                         raise UserError(
                             f"{shard}: {key} has two audio files, {sample['member'][0]} and "
                             f"{member.name}. Pack one a sample."
                         )
-                    info = audio_info(Member(str(shard), *place))
+                    info = audio_info(
+                        Member(str(shard), member.name, member.offset_data, member.size)
+                    )
                     sample |= {"member": place, "duration": info.frames / SAMPLE_RATE}
                 elif suffix == "txt":
                     sample["text"] = _decoded(tar, member, shard).strip()

@@ -6,6 +6,7 @@ that model can be any :class:`~pi_finetune.teacher.Teacher`.
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +23,24 @@ from pi_finetune.lengths import Waveforms
 from pi_finetune.seeding import utterance_rng
 from pi_finetune.teacher import Teacher
 
+__all__ = [
+    "HOP",
+    "MFCCFeatures",
+    "MaskedSpeech",
+    "TeacherFeatures",
+    "draw_mask",
+    "make_targets",
+    "num_frames",
+]
+
+
 # Geometry of the convolutional front end that all targets are aligned with: frame k sees the
 # samples from k * HOP on, FIELD of them.
 HOP = 320
 FIELD = 400
 
 
-def num_frames(samples):
+def num_frames(samples: int) -> int:
     """Frames of an utterance of so many samples."""
     return max(0, (samples - FIELD) // HOP + 1)
 
@@ -45,7 +57,7 @@ class MFCCFeatures:
             melkwargs={"n_fft": FIELD, "hop_length": HOP, "n_mels": 40, "center": False},
         )
 
-    def __call__(self, wavs, frames):
+    def __call__(self, wavs: torch.Tensor, frames: Any) -> Any:
         """List of [T] waveforms to list of [frames[i], 39] features."""
         features = []
         for wav in wavs:
@@ -61,7 +73,7 @@ class TeacherFeatures:
 
     window = 500  # frames, 10 s: what a Whisper encoder takes, and little attention to pay for
 
-    def __init__(self, source, layers):
+    def __init__(self, source: str, layers: Any):
         self.teacher = Teacher(source, layers)
         if self.teacher.hop != HOP:
             raise UserError(f"targets_source '{source}' has hop {self.teacher.hop}, not {HOP}")
@@ -69,7 +81,7 @@ class TeacherFeatures:
         self.shift = FIELD // 2 if self.teacher.family == "whisper" else 0
 
     @torch.no_grad()
-    def __call__(self, wavs, frames):
+    def __call__(self, wavs: torch.Tensor, frames: Any) -> Any:
         """List of [T] waveforms to list of [frames[i], D] features."""
         wavs = [wav[self.shift :] for wav in wavs]
         needed = [max(self.teacher.receptive_field, n * HOP + FIELD - HOP) for n in frames]
@@ -79,8 +91,16 @@ class TeacherFeatures:
 
 
 def make_targets(
-    train, valid, source, layers=-1, clusters=100, path=None, seed=0, sample=100_000, batch_size=8
-):
+    train: dict,
+    valid: dict,
+    source: str,
+    layers: int | list[int] = -1,
+    clusters: int = 100,
+    path: str | Path | None = None,
+    seed: int = 0,
+    sample: int = 100_000,
+    batch_size: int = 8,
+) -> dict:
     """Cluster the frames of two manifests; clusters are fitted on the first.
 
     From every feature vector the mean of all vectors at the same frame index is taken first, then
@@ -113,7 +133,7 @@ def make_targets(
     dict
         ``{id: int16 tensor [frames]}`` of both manifests.
     """
-    made_from = [source, layers, clusters, seed, sample]
+    made_from: list = [source, layers, clusters, seed, sample]
     made_from += [
         sorted((k, round(v["duration"], 3)) for k, v in m.items()) for m in (train, valid)
     ]
@@ -202,7 +222,7 @@ def _cluster(features, index, fitted, clusters, sample, seed):
     return labels
 
 
-def draw_mask(frames, probability, span, rng):
+def draw_mask(frames: int, probability: float, span: int, rng: np.random.Generator) -> torch.Tensor:
     """Mask [frames] of random spans, True where the input is hidden (wav2vec 2.0, HuBERT).
 
     Arguments
@@ -249,13 +269,13 @@ class MaskedSpeech(Dataset):
 
     def __init__(
         self,
-        manifest,
-        targets,
-        segment_seconds,
-        mask_probability,
-        mask_span,
-        seed,
-        interference=None,
+        manifest: dict,
+        targets: dict,
+        segment_seconds: float,
+        mask_probability: float,
+        mask_span: int,
+        seed: int,
+        interference: Any = None,
     ):
         self.manifest = manifest
         self.targets = targets

@@ -6,8 +6,10 @@ from pi_finetune.data.audio import find_files
 from pi_finetune.errors import UserError
 from pi_finetune.files import shown
 
+__all__ = ["read_lines", "read_table"]
 
-def read_lines(path):
+
+def read_lines(path: str | Path) -> list[tuple[int, str]]:
     """The lines of a UTF-8 file that hold more than blanks.
 
     A byte-order mark is dropped; only line feeds and carriage returns end a line.
@@ -45,7 +47,7 @@ def read_lines(path):
     return lines
 
 
-def read_table(path):
+def read_table(path: str | Path) -> dict:
     """A file of two columns, ``KEY VALUE``, of which the value may hold blanks.
 
     Blanks or tabs part the columns, as in LibriSpeech's ``*.trans.txt`` and Kaldi's ``text``.
@@ -64,7 +66,7 @@ def read_table(path):
     UserError
         Beside those of :func:`read_lines`: a line has a key alone, or a key has two lines.
     """
-    table = {}
+    table: dict = {}
     for number, line in read_lines(path):
         key, *rest = line.split(maxsplit=1)
         if not rest:
@@ -81,7 +83,7 @@ def read_table(path):
     return table
 
 
-def read_transcripts(folder):
+def read_transcripts(folder: str | Path) -> dict[str, str]:
     """The transcripts ``{id: text}`` of all ``*.trans.txt`` under a folder.
 
     Raises
@@ -89,7 +91,8 @@ def read_transcripts(folder):
     UserError
         A line is damaged (see :func:`read_table`), or an id has two lines.
     """
-    texts, origin = {}, {}
+    texts: dict = {}
+    origin: dict = {}
     for path in find_files(folder, lambda name: name.endswith(".trans.txt")):
         for key, (number, text) in read_table(path).items():
             if key in texts:

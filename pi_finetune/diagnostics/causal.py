@@ -1,6 +1,8 @@
 """Training without content, to see what an objective wins all the same."""
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +15,11 @@ from pi_finetune.lengths import as_pair
 from pi_finetune.objectives import RepresentationObjective
 from pi_finetune.results.statistics import Interval, bootstrap_ratio, ratio_fields
 from pi_finetune.seeding import perturbation_rngs
+
+if TYPE_CHECKING:
+    from pi_finetune.data.loading import SpeechPairs
+
+__all__ = ["TARGETS", "MismatchedTargets", "falls_of_matched", "held_out_losses"]
 
 
 class MismatchedTargets(torch.nn.Module):
@@ -31,13 +38,20 @@ class MismatchedTargets(torch.nn.Module):
         utterance, after the strategy's own perturbation. Default: 0.
     """
 
-    def __init__(self, objective, offset_seconds=0.0):
+    def __init__(self, objective: RepresentationObjective, offset_seconds: float = 0.0):
         super().__init__()
         self.objective = objective
         self.offset_seconds = offset_seconds
-        self._moved = None  # made when the teacher is there, whose hop it needs
+        # Made when the teacher is there, whose hop it needs.
+        self._moved: RepresentationObjective | None = None
 
-    def forward(self, enhanced, clean, lengths=None, rngs=None):
+    def forward(
+        self,
+        enhanced: Any,
+        clean: Any,
+        lengths: torch.Tensor | None = None,
+        rngs: Sequence[np.random.Generator] | None = None,
+    ) -> torch.Tensor:
         """As of the objective; B is at least 2."""
         enhanced, clean = as_pair(enhanced, clean, lengths)
         if len(enhanced) < 2:
@@ -62,7 +76,14 @@ TARGETS = ("matched", "mismatched", "mismatched_moved")
 
 
 @torch.no_grad()
-def held_out_losses(objective, enhancer, pairs, batch_size=4, seed=0, device="cpu"):
+def held_out_losses(
+    objective: torch.nn.Module,
+    enhancer: torch.nn.Module,
+    pairs: "SpeechPairs",
+    batch_size: int = 4,
+    seed: int = 0,
+    device: Any = "cpu",
+) -> np.ndarray:
     """An objective on development mixtures, with perturbations as validation draws them.
 
     Arguments
@@ -87,7 +108,7 @@ def held_out_losses(objective, enhancer, pairs, batch_size=4, seed=0, device="cp
     return torch.cat(losses).double().numpy()
 
 
-def falls_of_matched(losses, seed=0):
+def falls_of_matched(losses: dict, seed: int = 0) -> list[dict]:
     """By how much the arms lowered their objectives, over the fall with matched targets.
 
     Parts of *falls*, since what the arms start from differs: with unrelated targets an objective

@@ -7,6 +7,7 @@ strategies point the same way, their trainings can differ in little but noise.
 import copy
 import math
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,10 +18,22 @@ from pi_finetune.files import json_number
 from pi_finetune.results.statistics import percentile_bootstrap
 from pi_finetune.seeding import perturbation_rngs
 
+if TYPE_CHECKING:
+    from pi_finetune.data.loading import SpeechPairs
+
+__all__ = ["batch_gradients", "gradient_agreement"]
+
 
 def batch_gradients(
-    objective, enhancer, pairs, batches=64, batch_size=4, seed=0, max_norm=math.inf, device="cpu"
-):
+    objective: torch.nn.Module,
+    enhancer: torch.nn.Module,
+    pairs: "SpeechPairs",
+    batches: int = 64,
+    batch_size: int = 4,
+    seed: int = 0,
+    max_norm: float = math.inf,
+    device: str = "cpu",
+) -> torch.Tensor:
     """An objective's gradient with respect to the enhancer's parameters, batch by batch.
 
     The batches are the first of a training with this seed: the same crops, mixtures and
@@ -66,7 +79,9 @@ def batch_gradients(
     return torch.stack(gradients)
 
 
-def gradient_agreement(gradients, seed=0, confidence=0.95, replicates=9999):
+def gradient_agreement(
+    gradients: dict, seed: int = 0, confidence: float = 0.95, replicates: int = 9999
+) -> list[dict]:
     """Cosine of the angle between the expected gradients of every two objectives.
 
     The inner product of two expectations is estimated without bias by the mean of g_a,i · g_b,j

@@ -1,12 +1,18 @@
 """How well a linear map reads the position from a frame."""
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from pi_finetune.diagnostics.views import MIN_UTTERANCES, AllLayers
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number
 from pi_finetune.lengths import Waveforms
+
+__all__ = ["position_probe", "ridge_probe"]
+
 
 _FOLDS = 5
 
@@ -15,7 +21,13 @@ _FOLDS = 5
 _PENALTIES = np.logspace(-6, 2, 17)
 
 
-def ridge_probe(features, targets, groups, held_out=1 / 3, seed=0):
+def ridge_probe(
+    features: ArrayLike,
+    targets: ArrayLike,
+    groups: ArrayLike,
+    held_out: float = 1 / 3,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     """R^2 of a linear map on groups it has not seen.
 
     Ridge regression in closed form on features standardised over the training part. The penalty
@@ -50,7 +62,7 @@ def ridge_probe(features, targets, groups, held_out=1 / 3, seed=0):
     training = names[len(testing) :]
     if len(training) < _FOLDS or not len(testing):
         raise ValueError(f"{len(names)} groups are too few to hold some out of {_FOLDS} folds")
-    errors = 0.0
+    errors: Any = 0.0
     for fold in range(_FOLDS):
         out = np.isin(groups, training[fold::_FOLDS])
         fit = np.isin(groups, training) & ~out
@@ -79,7 +91,9 @@ def _ridge(x, y, new, penalties):
 
 
 @torch.no_grad()
-def position_probe(teacher, wavs, layers=None, batch_size=8, seed=0):
+def position_probe(
+    teacher: Any, wavs: torch.Tensor, layers: Any = None, batch_size: int = 8, seed: int = 0
+) -> list[dict]:
     """How much of a frame's place can be read from it linearly.
 
     Every crop is cut to a length drawn between half and all of it, so that the distance to the end

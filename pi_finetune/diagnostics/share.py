@@ -1,9 +1,11 @@
 """Which share of what an objective can win is position."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from pi_finetune.data.audio import SAMPLE_RATE
 from pi_finetune.diagnostics.views import (
@@ -21,8 +23,20 @@ from pi_finetune.perturbations import NoPerturbation
 from pi_finetune.results.statistics import bootstrap_ratio, ratio_fields
 from pi_finetune.seeding import utterance_rng
 
+if TYPE_CHECKING:
+    from pi_finetune.diagnostics.views import Crops
+    from pi_finetune.results.statistics import Interval
 
-def representation_objective(objective):
+__all__ = [
+    "moved_values",
+    "objective_share",
+    "representation_objective",
+    "share_of_fall",
+    "training_scores",
+]
+
+
+def representation_objective(objective: torch.nn.Module) -> RepresentationObjective | None:
     """The part of an objective that compares representations.
 
     Arguments
@@ -33,7 +47,7 @@ def representation_objective(objective):
 
     Returns
     -------
-    RepresentationObjective
+    RepresentationObjective or None
         None if there is none (a signal loss alone).
     """
     found = (m for m in objective.modules() if isinstance(m, RepresentationObjective))
@@ -42,8 +56,15 @@ def representation_objective(objective):
 
 @torch.no_grad()
 def moved_values(
-    objective, enhanced, clean, partners, ids, offset_seconds=1.5, seed=0, context=None
-):
+    objective: RepresentationObjective,
+    enhanced: torch.Tensor,
+    clean: torch.Tensor,
+    partners: torch.Tensor,
+    ids: list[str],
+    offset_seconds: float = 1.5,
+    seed: int = 0,
+    context: torch.Tensor | None = None,
+) -> dict:
     """An objective against unrelated speech at unequal and equal positions, and against the right.
 
     The three are ``objective(enhanced_i, clean_j)`` with the clean branch moved by
@@ -97,7 +118,9 @@ def moved_values(
     }
 
 
-def share_of_fall(unequal, equal, right, seed=0):
+def share_of_fall(
+    unequal: ArrayLike, equal: ArrayLike, right: ArrayLike, seed: int = 0
+) -> "Interval":
     """(unequal - equal) / (unequal - right) of the means, with its bootstrap interval over rows.
 
     Arguments
@@ -117,15 +140,15 @@ def share_of_fall(unequal, equal, right, seed=0):
 
 
 def objective_share(
-    teacher,
-    objectives,
-    crops,
-    offset_seconds=1.5,
-    moved_by="zeros",
-    layers=None,
-    batch_size=8,
-    seed=0,
-):
+    teacher: Any,
+    objectives: dict,
+    crops: "Crops",
+    offset_seconds: float = 1.5,
+    moved_by: str = "zeros",
+    layers: Any = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[dict]:
     """The share of each objective, at each layer, that position explains.
 
     Utterances are paired at random, each in one pair, and each is compared with its partner both
@@ -168,7 +191,7 @@ def objective_share(
     ids, wavs = [crops.ids[i] for i in order], crops.wavs[torch.from_numpy(order)]
     step = 2 * max(1, batch_size // 2)  # pairs are rows 2i and 2i + 1: never cut one
     view = Remembering(AllLayers(teacher, layers))
-    values = {name: {} for name in objectives}
+    values: dict[str, dict] = {name: {} for name in objectives}
     for start in range(0, 2 * pairs, step):
         view.seen.clear()
         batch = wavs[start : start + step, before:]
@@ -204,7 +227,15 @@ def objective_share(
     return records
 
 
-def training_scores(objective, enhanced, clean, lengths, ids, offset_seconds=1.5, seed=0):
+def training_scores(
+    objective: torch.nn.Module,
+    enhanced: torch.Tensor | Waveforms,
+    clean: torch.Tensor | Waveforms,
+    lengths: torch.Tensor | None,
+    ids: list[str],
+    offset_seconds: float = 1.5,
+    seed: int = 0,
+) -> dict:
     """The share of position in an objective on one batch of a validation, for its log.
 
     Costs four passes of the teacher. Call it on the same dev utterances at every validation; the
@@ -229,14 +260,14 @@ def training_scores(objective, enhanced, clean, lengths, ids, offset_seconds=1.5
         ``position_share`` (0 to 1) and its parts ``position_unequal, position_equal,
         position_right``, floats; empty without a representation objective or for B < 2.
     """
-    objective = representation_objective(objective)
+    compared = representation_objective(objective)
     enhanced, clean = as_pair(enhanced, clean, lengths)
-    if objective is None or len(enhanced) < 2:
+    if compared is None or len(enhanced) < 2:
         return {}
     common = int(enhanced.lengths.min())
     partners = torch.arange(len(enhanced)).roll(1)
-    wavs = (each.data[:, :common] for each in (enhanced, clean))
-    values = moved_values(objective, *wavs, partners, ids, offset_seconds, seed)
+    one, other = (each.data[:, :common] for each in (enhanced, clean))
+    values = moved_values(compared, one, other, partners, ids, offset_seconds, seed)
     means = {f"position_{key}": float(value.mean()) for key, value in values.items()}
     won = means["position_unequal"] - means["position_right"]
     share = (means["position_unequal"] - means["position_equal"]) / won if won else math.nan

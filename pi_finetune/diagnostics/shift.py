@@ -1,5 +1,8 @@
 """What moving the same content costs."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -8,11 +11,14 @@ from pi_finetune.diagnostics.views import chosen_layers, content_frames
 from pi_finetune.files import json_number
 from pi_finetune.results.statistics import bootstrap_ratio, ratio_fields
 
+__all__ = ["SHIFTS", "shift_curve", "unrelated_distance"]
+
+
 #: Moves of the shift curve, in seconds.
 SHIFTS = (0.0, 0.02, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0)
 
 
-def unrelated_distance(reps):
+def unrelated_distance(reps: torch.Tensor) -> torch.Tensor:
     """Mean squared difference between random frames of each utterance and of the others.
 
     The exact mean over all pairs of frames, from means and mean squares.
@@ -35,7 +41,14 @@ def unrelated_distance(reps):
     return square + (square.sum() - square) / others - 2 * cross
 
 
-def shift_curve(teacher, wavs, shifts=SHIFTS, layers=None, batch_size=8, seed=0):
+def shift_curve(
+    teacher: Any,
+    wavs: torch.Tensor,
+    shifts: Sequence[float] = SHIFTS,
+    layers: Any = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[dict]:
     """How far moving an utterance moves its representation.
 
     The mean squared difference between T(y) and T(y after k hops of zeros) on the same content

@@ -1,5 +1,7 @@
 """How similar frames of different utterances are at equal positions, compared with unequal ones."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -8,8 +10,10 @@ from pi_finetune.diagnostics.views import chosen_layers, content_frames
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number
 
+__all__ = ["content_free_similarity", "similarity_by_offset"]
 
-def similarity_by_offset(reps):
+
+def similarity_by_offset(reps: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean centred cosine similarity of frames of different utterances by difference of position.
 
     Frames are centred by the mean over all frames and utterances. The mean is over all pairs of
@@ -37,7 +41,13 @@ def similarity_by_offset(reps):
     return sums / counts, counts
 
 
-def content_free_similarity(teacher, wavs, far_seconds=1.5, layers=None, batch_size=8):
+def content_free_similarity(
+    teacher: Any,
+    wavs: torch.Tensor,
+    far_seconds: float = 1.5,
+    layers: Any = None,
+    batch_size: int = 8,
+) -> tuple[list[dict], list[dict]]:
     """The part of the similarity of unrelated frames that comes from equal positions.
 
     Arguments
@@ -67,7 +77,7 @@ def content_free_similarity(teacher, wavs, far_seconds=1.5, layers=None, batch_s
         similarity, counts = similarity_by_offset(whole[:, :, i])
         for d, value in enumerate(similarity):
             offset = round(d * teacher.hop / SAMPLE_RATE, 4)
-            values = {"similarity": json_number(value), "frame_pairs": int(counts[d])}
+            values: dict = {"similarity": json_number(value), "frame_pairs": int(counts[d])}
             curve.append({"layer": layer, "offset": offset, **values})
         far = np.average(similarity[first_far:], weights=counts[first_far:])
         values = {"equal": similarity[0], "far": far, "difference": similarity[0] - far}

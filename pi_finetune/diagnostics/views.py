@@ -10,8 +10,10 @@ A *teacher* here is anything with ``hidden_states``, ``hop`` and ``layer_names``
 lines; times are in seconds, and NaN is None.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +25,19 @@ from pi_finetune.lengths import Waveforms
 from pi_finetune.objectives import RepresentationObjective
 from pi_finetune.perturbations import NoPerturbation
 from pi_finetune.seeding import utterance_rng
+
+__all__ = [
+    "MIN_UTTERANCES",
+    "AllLayers",
+    "Crops",
+    "EachLayer",
+    "Offset",
+    "Remembering",
+    "chosen_layers",
+    "content_frames",
+    "load_crops",
+]
+
 
 #: Fewer utterances leave too little for the probe's folds or for a bootstrap over pairs.
 MIN_UTTERANCES = 12
@@ -36,7 +51,14 @@ class Crops(NamedTuple):
     wavs: torch.Tensor
 
 
-def load_crops(data_folder, splits, seconds, count=None, seed=0, needed=MIN_UTTERANCES):
+def load_crops(
+    data_folder: str | Path,
+    splits: str | Sequence[str],
+    seconds: float,
+    count: int | None = None,
+    seed: int = 0,
+    needed: int = MIN_UTTERANCES,
+) -> Crops:
     """Cut one piece out of each utterance, at a random place.
 
     Arguments
@@ -91,7 +113,7 @@ def _crop(entry, samples, rng):
     raise UserError(f"{entry['wav']}: silent in 20 draws. Remove or replace it.")
 
 
-def chosen_layers(teacher, layers=None):
+def chosen_layers(teacher: Any, layers: Any = None) -> list:
     """Names of layers, all by default; a UserError if the teacher has no such layer.
 
     They are ``teacher.layer_names``; negative numbers count from the end.
@@ -119,12 +141,12 @@ class AllLayers:
     With :class:`EachLayer` as its distance, an objective is evaluated on all layers in one pass.
     """
 
-    def __init__(self, teacher, layers=None):
+    def __init__(self, teacher: Any, layers: Any = None):
         self.teacher = teacher
         self.layers = chosen_layers(teacher, layers)
         self.hop = teacher.hop
 
-    def __call__(self, wavs):
+    def __call__(self, wavs: Waveforms) -> tuple[torch.Tensor, torch.Tensor]:
         states, frame_lengths = self.teacher.hidden_states(wavs, layers=self.layers)
         return states.permute(1, 2, 0, 3), frame_lengths
 
@@ -132,11 +154,12 @@ class AllLayers:
 class Remembering:
     """Runs a teacher once on each named input: objectives with one perturbation share it."""
 
-    def __init__(self, teacher):
-        self.teacher, self.seen = teacher, {}
+    def __init__(self, teacher: Any):
+        self.teacher = teacher
+        self.seen: dict = {}
         self.hop = teacher.hop
 
-    def __call__(self, wavs):
+    def __call__(self, wavs: Waveforms) -> tuple[torch.Tensor, torch.Tensor]:
         if wavs.ids is None:
             return self.teacher(wavs)
         key = (wavs.ids, tuple(wavs.lengths.tolist()), wavs.padding_counts)
@@ -148,10 +171,16 @@ class Remembering:
 class EachLayer:
     """A distance applied to each layer of [B, N, L, D]; returns [B, L]."""
 
-    def __init__(self, distance):
+    def __init__(self, distance: Callable):
         self.distance = distance
 
-    def __call__(self, x, x_lengths, y, y_lengths):
+    def __call__(
+        self,
+        x: torch.Tensor,
+        x_lengths: torch.Tensor | None,
+        y: torch.Tensor,
+        y_lengths: torch.Tensor | None,
+    ) -> torch.Tensor:
         layers = range(x.shape[2])
         return torch.stack(
             [self.distance(x[:, :, i], x_lengths, y[:, :, i], y_lengths) for i in layers], dim=1
@@ -176,7 +205,14 @@ class Offset:
         [B, seconds] as samples, heard before the content instead of zeros; not with ``random``.
     """
 
-    def __init__(self, seconds, perturbation=None, hop=320, random=False, context=None):
+    def __init__(
+        self,
+        seconds: float,
+        perturbation: Callable | None = None,
+        hop: int = 320,
+        random: bool = False,
+        context: Waveforms | None = None,
+    ):
         if seconds < 0:
             raise ValueError(f"seconds: got {seconds}, needed is a number >= 0.")
         if random and context is not None:
@@ -187,7 +223,12 @@ class Offset:
         self.hop = hop
         self.random = random
 
-    def __call__(self, wavs, lengths=None, rngs=None):
+    def __call__(
+        self,
+        wavs: torch.Tensor | Waveforms,
+        lengths: Any = None,
+        rngs: Any = None,
+    ) -> Waveforms:
         inner = self.perturbation(wavs, lengths, rngs)
         hops = [self.hops] * len(inner)
         if self.random:
@@ -201,7 +242,13 @@ class Offset:
 
 
 @torch.no_grad()
-def content_frames(teacher, wavs, batch_size, offset_seconds=0.0, layers=None):
+def content_frames(
+    teacher: Any,
+    wavs: torch.Tensor,
+    batch_size: int,
+    offset_seconds: float = 0.0,
+    layers: Any = None,
+) -> Iterator[torch.Tensor]:
     """Yield the content frames [B, N, L, D] of batches of equally long ``wavs`` [U, T]."""
     view = RepresentationObjective(AllLayers(teacher, layers), distance=None)
     offset = Offset(offset_seconds, hop=teacher.hop)

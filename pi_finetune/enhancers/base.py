@@ -1,5 +1,6 @@
 """The base of all enhancers."""
 
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -7,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi_finetune.lengths import Waveforms, length_mask, on_device
+
+__all__ = ["REGISTRY", "SAMPLE_RATE", "WaveformEnhancer", "rms"]
+
 
 SAMPLE_RATE = 16000
 
@@ -27,7 +31,7 @@ def rms(wavs: Tensor, lengths: Tensor) -> Tensor:
     return (wavs.square().sum(1) / samples + 1e-10).sqrt()[:, None]
 
 
-def mixed(enhanced, noisy, mix):
+def mixed(enhanced: Any, noisy: Any, mix: float) -> Any:
     """The share ``mix``, from 0 to 1, of the enhanced signal; the rest is the input."""
     return mix * enhanced + (1 - mix) * noisy
 
@@ -52,10 +56,10 @@ class WaveformEnhancer(nn.Module):
         Frames begin at multiples of this many samples; chunks do so too.
     """
 
-    context = None
-    grid = 256
+    context: int | None = None
+    grid: int = 256
 
-    def __init__(self, **arguments):
+    def __init__(self, **arguments: Any):
         super().__init__()
         self.config = {"class": class_path(type(self)), "arguments": arguments}
 
@@ -67,12 +71,12 @@ class WaveformEnhancer(nn.Module):
         """Enhance wavs [B, T], zero beyond lengths [B] (on the CPU), the longest of which is T."""
         raise NotImplementedError
 
-    def extra_files(self):
+    def extra_files(self) -> dict:
         """Text files that ``rebuild`` needs beside config and weights: {name: text}."""
         return {}
 
     @classmethod
-    def rebuild(cls, folder, arguments, trust):
+    def rebuild(cls, folder: str | Path, arguments: dict, trust: bool) -> "WaveformEnhancer":
         """Build the model saved in ``folder``, without its weights."""
         return cls(**arguments)
 
@@ -82,7 +86,9 @@ class WaveformEnhancer(nn.Module):
     @overload
     def forward(self, wavs: Tensor, lengths: Any = None) -> Tensor: ...
 
-    def forward(self, wavs, lengths=None):
+    def forward(
+        self, wavs: Waveforms | torch.Tensor, lengths: Any = None
+    ) -> Waveforms | torch.Tensor:
         """Enhance a batch.
 
         Arguments

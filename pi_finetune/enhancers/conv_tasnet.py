@@ -1,5 +1,7 @@
 """Conv-TasNet."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch.nn.functional as F
 from speechbrain.lobes.models import conv_tasnet
 from speechbrain.nnet.CNN import Conv1d
@@ -7,6 +9,11 @@ from torch import nn
 
 from pi_finetune.enhancers.base import WaveformEnhancer, rms
 from pi_finetune.lengths import length_mask
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ConvTasNet"]
 
 
 class _MaskedNorm(nn.Module):
@@ -26,7 +33,7 @@ class _MaskedNorm(nn.Module):
         super().__init__()
         self.gamma, self.beta = norm.gamma, norm.beta
         self.over_time = isinstance(norm, conv_tasnet.GlobalLayerNorm)
-        self.valid = None  # bool [B, K, 1], set by ConvTasNet for the time of one call
+        self.valid: Any = None  # bool [B, K, 1], set by ConvTasNet for the time of one call
 
     def forward(self, y):
         """Normalise y [B, K, N]."""
@@ -68,14 +75,14 @@ class ConvTasNet(WaveformEnhancer):
 
     def __init__(
         self,
-        filters=192,
-        kernel=32,
-        bottleneck=96,
-        hidden=192,
-        blocks=7,
-        repeats=2,
-        block_kernel=3,
-        norm="gLN",
+        filters: int = 192,
+        kernel: int = 32,
+        bottleneck: int = 96,
+        hidden: int = 192,
+        blocks: int = 7,
+        repeats: int = 2,
+        block_kernel: int = 3,
+        norm: str = "gLN",
     ):
         super().__init__(
             filters=filters,
@@ -109,7 +116,7 @@ class ConvTasNet(WaveformEnhancer):
                     parent.add_module(name, _MaskedNorm(child))
         self._norms = [module for module in self.modules() if isinstance(module, _MaskedNorm)]
 
-    def enhance(self, wavs, lengths):
+    def enhance(self, wavs: "torch.Tensor", lengths: "torch.Tensor") -> "torch.Tensor":
         """See ``WaveformEnhancer``."""
         time = wavs.shape[1]
         level = rms(wavs, lengths)

@@ -18,6 +18,22 @@ from pi_finetune.enhancers.base import WaveformEnhancer
 from pi_finetune.errors import UserError
 from pi_finetune.lengths import on_device, zero_beyond
 
+__all__ = [
+    "CHECKPOINTS",
+    "Demucs",
+    "Stream",
+    "cut",
+    "deviation",
+    "downsample",
+    "encoder_level",
+    "half_sample_filter",
+    "load_denoiser_checkpoint",
+    "read_denoiser_checkpoint",
+    "rescale_convolutions",
+    "upsample",
+]
+
+
 #: The published causal checkpoints. They are under CC BY-NC 4.0: not for commercial use.
 CHECKPOINTS = {
     name: f"https://dl.fbaipublicfiles.com/adiyoss/denoiser/{file}"
@@ -175,7 +191,7 @@ class Demucs(WaveformEnhancer):
             size = (size - 1) * self.stride + self.kernel_size
         return -(-size // self.resample)
 
-    def enhance(self, wavs, lengths):
+    def enhance(self, wavs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """See ``WaveformEnhancer``."""
         scale = deviation(wavs, lengths)
         sizes = torch.tensor([self.valid_length(n) for n in lengths.tolist()])

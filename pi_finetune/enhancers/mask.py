@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import nn
 
 from pi_finetune.enhancers.base import SAMPLE_RATE, WaveformEnhancer
 from pi_finetune.lengths import length_mask
+
+__all__ = ["MaskEnhancer"]
 
 
 class _TimeBlock(nn.Module):
@@ -87,16 +90,16 @@ class MaskEnhancer(WaveformEnhancer):
 
     def __init__(
         self,
-        channels=(16, 24, 32),
-        dim=144,
-        dilations=(1, 2, 4, 8, 16, 32),
-        kernel_size=5,
-        n_fft=512,
-        hop=256,
-        compression=0.3,
-        level_frames=94,
-        max_gain=2.0,
-        mix=1.0,
+        channels: Sequence[int] = (16, 24, 32),
+        dim: int = 144,
+        dilations: Sequence[int] = (1, 2, 4, 8, 16, 32),
+        kernel_size: int = 5,
+        n_fft: int = 512,
+        hop: int = 256,
+        compression: float = 0.3,
+        level_frames: int = 94,
+        max_gain: float = 2.0,
+        mix: float = 1.0,
     ):
         super().__init__(
             channels=list(channels),
@@ -166,7 +169,7 @@ class MaskEnhancer(WaveformEnhancer):
         reach = 1 + sum(d * (kernel_size // 2) for d in dilations) + level_frames
         self.context = reach * hop + n_fft
 
-    def enhance(self, wavs, lengths):
+    def enhance(self, wavs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """See ``WaveformEnhancer``."""
         time = wavs.shape[1]
         # As many frames as touch a valid sample: then an item has the same frames, and the
@@ -206,7 +209,9 @@ class MaskEnhancer(WaveformEnhancer):
     def _features(self, spectra, valid):
         """Compressed magnitude, real and imaginary part [B, 3, N, bins + 1], zero where padded."""
         power = spectra.square().sum(-1)  # [B, N, bins + 1]
-        around = dict(kernel_size=2 * self.level_frames + 1, stride=1, padding=self.level_frames)
+        around: dict = {
+            "kernel_size": 2 * self.level_frames + 1, "stride": 1, "padding": self.level_frames
+        }  # fmt: skip
         weight = valid.to(power.dtype)
         level = F.avg_pool1d(power.mean(-1), **around)  # padded frames have no power
         level = level / F.avg_pool1d(weight, **around).clamp(min=1e-6) + 1e-10

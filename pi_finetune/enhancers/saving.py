@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -18,13 +19,26 @@ from pi_finetune.enhancers.demucs import (
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing
 
+if TYPE_CHECKING:
+    from pi_finetune.enhancers.base import WaveformEnhancer
+
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "config_text",
+    "load_enhancer",
+    "load_weights",
+    "save_enhancer",
+]
+
+
 CONFIG_FILE = "enhancer.yaml"
 
 
 WEIGHTS_FILE = "enhancer.safetensors"
 
 
-def config_text(enhancer, config=None):
+def config_text(enhancer: torch.nn.Module, config: dict | None = None) -> str:
     """The text of ``enhancer.yaml``; training asks for it before it begins.
 
     Arguments
@@ -57,7 +71,9 @@ def config_text(enhancer, config=None):
         ) from error
 
 
-def save_enhancer(folder, enhancer, config=None):
+def save_enhancer(
+    folder: str | Path, enhancer: "WaveformEnhancer", config: dict | None = None
+) -> None:
     """Write ``enhancer.yaml`` and ``enhancer.safetensors`` into a folder.
 
     Arguments
@@ -90,7 +106,7 @@ def save_enhancer(folder, enhancer, config=None):
             path.write_text(content, encoding="utf-8")
 
 
-def load_enhancer(folder, trust=False):
+def load_enhancer(folder: str | Path, trust: bool = False) -> "WaveformEnhancer":
     """Build the enhancer that ``save_enhancer`` wrote, in eval mode, on the CPU.
 
     The config is read as plain YAML: nothing in it is executed.
@@ -144,7 +160,7 @@ def load_enhancer(folder, trust=False):
     return enhancer.eval()
 
 
-def load_weights(enhancer, source):
+def load_weights(enhancer: torch.nn.Module, source: str | Path | None) -> torch.nn.Module:
     """Load weights into an enhancer in place, e.g. to start fine-tuning from them.
 
     Arguments

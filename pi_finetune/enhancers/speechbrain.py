@@ -16,6 +16,9 @@ from torchaudio.functional import resample
 from pi_finetune.enhancers.base import SAMPLE_RATE, WaveformEnhancer
 from pi_finetune.errors import UserError
 
+__all__ = ["SPEECHBRAIN_FILE", "SpeechBrainEnhancer"]
+
+
 SPEECHBRAIN_FILE = "speechbrain.yaml"
 
 
@@ -54,7 +57,13 @@ class SpeechBrainEnhancer(WaveformEnhancer):
 
     MIN_SAMPLES = 2048  # shorter inputs are padded up to it: SpeechBrain's parts need a few frames
 
-    def __init__(self, source, savedir=None, hparams_file="hyperparams.yaml", pretrained=True):
+    def __init__(
+        self,
+        source: str | Path,
+        savedir: str | Path | None = None,
+        hparams_file: str = "hyperparams.yaml",
+        pretrained: bool = True,
+    ):
         source, savedir = str(source), savedir and str(savedir)
         super().__init__(
             source=source, savedir=savedir, hparams_file=hparams_file, pretrained=pretrained
@@ -121,12 +130,12 @@ class SpeechBrainEnhancer(WaveformEnhancer):
         stft = hparams.get("compute_stft")
         return int(hparams.get("sample_rate") or getattr(stft, "sample_rate", SAMPLE_RATE))
 
-    def extra_files(self):
+    def extra_files(self) -> dict:
         """See ``WaveformEnhancer``: the YAML file travels along, the source is not needed again."""
         return {SPEECHBRAIN_FILE: self.hparams_text}
 
     @classmethod
-    def rebuild(cls, folder, arguments, trust):
+    def rebuild(cls, folder: str | Path, arguments: dict, trust: bool) -> "SpeechBrainEnhancer":
         """See ``WaveformEnhancer``."""
         if not trust:
             raise UserError(
@@ -135,7 +144,7 @@ class SpeechBrainEnhancer(WaveformEnhancer):
             )
         return cls(folder, hparams_file=SPEECHBRAIN_FILE, pretrained=False)
 
-    def enhance(self, wavs, lengths):
+    def enhance(self, wavs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """See ``WaveformEnhancer``."""
         self.interface.device = str(wavs.device)  # SpeechBrain moves its input there
         enhanced = torch.zeros_like(wavs)

@@ -1,5 +1,7 @@
 """A waveform U-Net with an LSTM."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from speechbrain.nnet.linear import Linear
@@ -9,6 +11,8 @@ from torch import nn
 from pi_finetune.enhancers.base import WaveformEnhancer, rms
 from pi_finetune.enhancers.demucs import cut, encoder_level, rescale_convolutions
 from pi_finetune.lengths import shares
+
+__all__ = ["UNetEnhancer"]
 
 
 class UNetEnhancer(WaveformEnhancer):
@@ -43,14 +47,14 @@ class UNetEnhancer(WaveformEnhancer):
 
     def __init__(
         self,
-        channels=24,
-        depth=4,
-        growth=2,
-        kernel=8,
-        stride=4,
-        lstm_layers=1,
-        causal=False,
-        rescale=0.1,
+        channels: int = 24,
+        depth: int = 4,
+        growth: int = 2,
+        kernel: int = 8,
+        stride: int = 4,
+        lstm_layers: int = 1,
+        causal: bool = False,
+        rescale: float = 0.1,
     ):
         super().__init__(
             channels=channels,
@@ -87,7 +91,7 @@ class UNetEnhancer(WaveformEnhancer):
         self.join = nn.Identity() if causal else Linear(n_neurons=inputs, input_size=2 * inputs)
         rescale_convolutions(self, rescale)
 
-    def enhance(self, wavs, lengths):
+    def enhance(self, wavs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """See ``WaveformEnhancer``."""
         level = rms(wavs, lengths)
         x = (wavs / level)[:, None]  # [B, C, T]
@@ -101,7 +105,8 @@ class UNetEnhancer(WaveformEnhancer):
         # SpeechBrain packs by relative lengths, truncating: half a frame more is safe.
         relative = shares(lengths.clamp(min=1) + 0.5, x.shape[2])
         x = self.join(self.lstm(x.transpose(1, 2), lengths=relative)[0]).transpose(1, 2)
-        for before, up, after in self.decoder:
+        decoder: Any = self.decoder
+        for before, up, after in decoder:
             lengths, _ = sizes.pop()
             x = up(cut(before(x + skips.pop()), lengths))
             x = after(x[..., : sizes[-1][1]])

@@ -1,6 +1,8 @@
 """The model card of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ruamel.yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -14,6 +16,12 @@ from pi_finetune.export.speechbrain import HPARAMS_FILE, MARK
 from pi_finetune.results.declarations import higher_is_better
 from pi_finetune.results.runs import Run, read_json_lines
 from pi_finetune.results.scores import metric_scores, metrics_of
+
+if TYPE_CHECKING:
+    from pi_finetune.enhancers.base import WaveformEnhancer
+
+__all__ = ["CARD_FILE", "model_card"]
+
 
 CARD_FILE = "README.md"
 #: The tag by which the hub links a model to the paper.
@@ -86,7 +94,12 @@ With PyTorch alone: `torch.export.load("enhancer.pt2").module()(wavs)` for wavs 
 {% endif %}"""
 
 
-def model_card(source, enhancer, files=(), license=None):
+def model_card(
+    source: Path,
+    enhancer: "WaveformEnhancer",
+    files: Sequence[str] = (),
+    license: str | None = None,
+) -> ModelCard:
     """The model card of a run, of what its folder records and nothing else.
 
     Arguments

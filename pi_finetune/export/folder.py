@@ -1,6 +1,8 @@
 """A run's best model, its card and what else others load, in one folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,13 +14,22 @@ from pi_finetune.export.traced import export_program, write_onnx
 from pi_finetune.files import replacing, write_text
 from pi_finetune.inference import find_model
 
+__all__ = ["FORMATS", "export_run"]
+
+
 FORMATS = ("speechbrain", "onnx", "torch")
 
 
 ONNX_FILE, TORCH_FILE = "enhancer.onnx", "enhancer.pt2"
 
 
-def export_run(run, folder, formats=("speechbrain",), trust=False, license=None):
+def export_run(
+    run: str | Path,
+    folder: str | Path,
+    formats: Sequence[str] = ("speechbrain",),
+    trust: bool = False,
+    license: str | None = None,
+) -> list[Path]:
     """Write a run's best model into a folder.
 
     Arguments
@@ -61,7 +72,7 @@ def export_run(run, folder, formats=("speechbrain",), trust=False, license=None)
     enhancer = load_enhancer(source, trust=trust)
     if "speechbrain" in formats:
         write_speechbrain(folder, enhancer)
-    program = export_program(enhancer) if {"onnx", "torch"} & set(formats) else None
+    program: Any = export_program(enhancer) if {"onnx", "torch"} & set(formats) else None
     if "onnx" in formats:
         write_onnx(folder / ONNX_FILE, program)
     if "torch" in formats:

@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
@@ -11,6 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 from pi_finetune.errors import UserError
 from pi_finetune.export.card import CARD_FILE
 from pi_finetune.export.folder import export_run
+
+__all__ = ["Pushed", "push_run"]
 
 
 class Pushed(NamedTuple):
@@ -38,16 +40,16 @@ class Pushed(NamedTuple):
 
 
 def push_run(
-    run,
-    repo,
-    formats=("speechbrain",),
-    trust=False,
-    license=None,
-    private=None,
-    message=None,
-    dry_run=False,
-    api=None,
-):
+    run: Any,
+    repo: str,
+    formats: Any = ("speechbrain",),
+    trust: bool = False,
+    license: Any = None,
+    private: bool | None = None,
+    message: str | None = None,
+    dry_run: bool = False,
+    api: Any = None,
+) -> Any:
     """Export a run and upload it as a model to the hub, in one commit.
 
     Arguments

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ruamel.yaml
 import torch
@@ -13,6 +14,12 @@ from pi_finetune.enhancers import (
     SpeechBrainEnhancer,
 )
 from pi_finetune.files import replacing, write_text
+
+if TYPE_CHECKING:
+    from pi_finetune.enhancers.base import WaveformEnhancer
+
+__all__ = ["HPARAMS_FILE", "MARK", "WaveformModel", "write_speechbrain"]
+
 
 HPARAMS_FILE = "hyperparams.yaml"
 
@@ -28,16 +35,16 @@ class WaveformModel(nn.Module):
     enhancer : WaveformEnhancer
     """
 
-    def __init__(self, enhancer):
+    def __init__(self, enhancer: "WaveformEnhancer"):
         super().__init__()
         self.enhancer = enhancer
 
-    def forward(self, wavs):
+    def forward(self, wavs: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Return the enhanced wavs [B, T], and None in the place of features."""
         return self.enhancer(wavs), None
 
 
-def write_speechbrain(folder, enhancer):
+def write_speechbrain(folder: str | Path, enhancer: "WaveformEnhancer") -> None:
     """Write what ``speechbrain.inference.enhancer.WaveformEnhancement.from_hparams`` loads.
 
     ``hyperparams.yaml`` names classes of this package, which therefore has to be installed where

@@ -4,6 +4,8 @@ import copy
 import importlib.util
 import math
 import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,11 @@ from pi_finetune.enhancers import (
 )
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing
+
+if TYPE_CHECKING:
+    from pi_finetune.enhancers.base import WaveformEnhancer
+
+__all__ = ["export_program", "write_onnx"]
 
 
 class _Transform(nn.Module):
@@ -28,21 +35,26 @@ class _Transform(nn.Module):
         Centred, padded by zeros, with a window as long as the transform.
     """
 
+    window: torch.Tensor
+    basis: torch.Tensor
+
     def __init__(self, stft):
         super().__init__()
         size, window = stft.n_fft, stft.window.double()
         if not stft.center or len(window) != size or size % 2:
             raise UserError("Only centred STFTs with a window of n_fft samples can be exported.")
-        self.half, self.hop = size // 2, stft.hop_length
+        self.middle, self.hop = size // 2, stft.hop_length
         time = torch.arange(size, dtype=torch.float64)
-        angle = 2 * math.pi / size * torch.arange(self.half + 1)[:, None] * time
+        angle = 2 * math.pi / size * torch.arange(self.middle + 1)[:, None] * time
         basis = torch.cat([angle.cos(), -angle.sin()]) * window  # [2 bins, n_fft]
         self.register_buffer("window", window.float()[None, None])
         self.register_buffer("basis", basis.float()[:, None])
 
     def forward(self, wavs):
         """Spectra [B, N, bins, 2] of wavs [B, T]."""
-        frames = F.conv1d(F.pad(wavs, (self.half, self.half))[:, None], self.basis, stride=self.hop)
+        frames = F.conv1d(
+            F.pad(wavs, (self.middle, self.middle))[:, None], self.basis, stride=self.hop
+        )
         return frames.unflatten(1, (2, -1)).permute(0, 3, 2, 1)
 
 
@@ -51,17 +63,17 @@ class _Inverse(_Transform):
 
     def __init__(self, stft):
         super().__init__(stft)
-        twice = torch.full((self.half + 1, 1, 1), 2.0)
+        twice = torch.full((self.middle + 1, 1, 1), 2.0)
         twice[0] = twice[-1] = 1.0
-        self.basis *= torch.cat([twice, twice]) / (2 * self.half)
+        self.basis *= torch.cat([twice, twice]) / (2 * self.middle)
 
-    def forward(self, spectra, sig_length):
+    def forward(self, spectra, sig_length):  # type: ignore[override]
         """Waveforms [B, sig_length] of spectra [B, N, bins, 2]."""
         frames = spectra.permute(0, 3, 2, 1).flatten(1, 2)
         wavs = F.conv_transpose1d(frames, self.basis, stride=self.hop)
         ones = torch.ones_like(frames[:1, :1])
         weight = F.conv_transpose1d(ones, self.window.square(), stride=self.hop)
-        return (wavs / weight.clamp(min=1e-11))[:, 0, self.half : self.half + sig_length]
+        return (wavs / weight.clamp(min=1e-11))[:, 0, self.middle : self.middle + sig_length]
 
 
 class _Exportable(nn.Module):
@@ -83,7 +95,7 @@ class _Exportable(nn.Module):
         return self.enhancer.enhance(wavs, lengths)
 
 
-def export_program(enhancer):
+def export_program(enhancer: "WaveformEnhancer") -> torch.export.ExportedProgram:
     """Trace an enhancer for any batch size and length, and check the result at another length.
 
     ``MaskEnhancer`` and ``ConvTasNet`` can be traced; ``UNetEnhancer`` cannot, since PyTorch fixes
@@ -127,7 +139,7 @@ def export_program(enhancer):
     return program
 
 
-def write_onnx(path, program):
+def write_onnx(path: str | Path, program: torch.export.ExportedProgram) -> None:
     """Write an ONNX graph with input ``noisy`` [B, T] and output ``enhanced`` [B, T].
 
     Arguments
@@ -143,9 +155,11 @@ def write_onnx(path, program):
     """
     if importlib.util.find_spec("onnxscript") is None:
         raise UserError("--format onnx needs two more packages: pip install onnx onnxscript.")
-    names = {"input_names": ["noisy"], "output_names": ["enhanced"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graph = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        graph = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=["noisy"], output_names=["enhanced"]
+        )
+    assert graph is not None  # as with dynamo=False
     with replacing(path) as temporary:
         graph.save(str(temporary))

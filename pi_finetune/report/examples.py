@@ -2,11 +2,18 @@
 
 import io
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
 
 from pi_finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from pi_finetune.results.comparison import Comparison
+
+__all__ = ["FLAC_BUDGET", "align", "encode_all", "load_examples"]
+
 
 #: Above this many bytes of lossless audio the report's players get Opus instead.
 FLAC_BUDGET = 2_200_000
@@ -33,12 +40,17 @@ class Example:
     reference: str | None
     versions: list[Version]
 
-    def wav(self, system):
+    def wav(self, system: str) -> Any:
         """Waveform [T] of a system's version; None if there is none."""
         return next((v.wav for v in self.versions if v.system == system), None)
 
 
-def load_examples(comparison, recognizer=None, chosen=None, limit=3):
+def load_examples(
+    comparison: "Comparison",
+    recognizer: str | None = None,
+    chosen: list[str] | None = None,
+    limit: int = 3,
+) -> list[Example]:
     """Read the utterances whose audio the evaluation kept.
 
     Arguments
@@ -61,7 +73,7 @@ def load_examples(comparison, recognizer=None, chosen=None, limit=3):
     UserError
         A chosen utterance has no audio, or an audio file cannot be read.
     """
-    files = {}  # id -> {(system, kind): (run, path)}
+    files: dict = {}  # id -> {(system, kind): (run, path)}
     for run in comparison.runs:
         folder = run.folder / "scores" / comparison.test_set / "audio"
         for path in sorted(folder.glob("*.*.*")) if folder.is_dir() else ():
@@ -86,7 +98,10 @@ def load_examples(comparison, recognizer=None, chosen=None, limit=3):
 
 
 def _load(utterance, files, systems, recognizer):
-    versions, rate, info, reference = [], None, {}, None
+    versions: list[Version] = []
+    rate: int = 0
+    info: dict = {}
+    reference = None
     for system in systems:
         if system not in files:
             continue
@@ -117,7 +132,7 @@ def _load(utterance, files, systems, recognizer):
     return Example(utterance, rate, info, reference, versions)
 
 
-def align(reference, hypothesis, unit="word"):
+def align(reference: str, hypothesis: str, unit: str = "word") -> list[tuple[str, str, str]]:
     """Alignment of two texts, normalised as they were when errors were counted.
 
     Arguments
@@ -153,7 +168,7 @@ def align(reference, hypothesis, unit="word"):
     ]
 
 
-def encode_all(examples):
+def encode_all(examples: list[Example]) -> tuple[dict, str]:
     """Encode the audio of examples, lossless if it is little enough.
 
     FLAC plays everywhere and hides no artefact; above ``FLAC_BUDGET`` it is Opus in Ogg.

@@ -3,9 +3,11 @@
 import base64
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import numpy as np
@@ -20,21 +22,30 @@ from pi_finetune.results.comparison import DEV_METRICS
 from pi_finetune.results.runs import UNTRAINED
 from pi_finetune.run_folder import package_versions
 
+if TYPE_CHECKING:
+    from pi_finetune.results.comparison import Comparison
+
+if TYPE_CHECKING:
+    from pi_finetune.results.comparison import Comparison
+
+__all__ = ["Breakdown", "breakdowns", "findings", "group_utterances", "write_report"]
+
+
 _PACKAGES = "pi_finetune torch speechbrain transformers jiwer pesq pystoi scipy numpy".split()
 #: Distinct values up to which utterances are grouped by value and not by thirds.
 _MAX_GROUPS = 8
 
 
 def write_report(
-    path,
-    comparison,
-    command="",
-    utterances=None,
-    extra_sections=(),
-    position_folders=(),
-    title="",
-    answer="",
-):
+    path: str | Path,
+    comparison: "Comparison",
+    command: str = "",
+    utterances: list[str] | None = None,
+    extra_sections: Sequence[tuple[str, str]] = (),
+    position_folders: Sequence[str | Path] = (),
+    title: str = "",
+    answer: str = "",
+) -> Path:
     """Write the HTML report.
 
     Arguments
@@ -60,7 +71,7 @@ def write_report(
     -------
     Path
     """
-    sections = []
+    sections: list[tuple[str, str]] = []
     for folder in map(Path, position_folders):
         title = "Position diagnostics"
         if len(position_folders) > 1:
@@ -118,7 +129,7 @@ def _duration(comparison):
     return sum(seconds) / 3600
 
 
-def findings(comparison):
+def findings(comparison: "Comparison") -> list[tuple[str, str, str]]:
     """What the numbers say of each trained strategy, in sentences.
 
     Returns
@@ -215,7 +226,7 @@ class Breakdown:
     chart: Markup | None = None
 
 
-def breakdowns(comparison):
+def breakdowns(comparison: "Comparison") -> list[Breakdown]:
     """By SNR, noise class and duration, where the scores say these and they vary.
 
     Returns
@@ -243,7 +254,7 @@ def breakdowns(comparison):
     return result
 
 
-def group_utterances(values, unit=""):
+def group_utterances(values: dict, unit: str = "") -> list[tuple[str, list[str]]]:
     """Group utterances by a value: one group per value, or thirds where there are many numbers.
 
     Arguments
@@ -317,7 +328,7 @@ def _snr_chart(comparison, groups, snrs):
     for system in comparison.systems:
         means = [scores.mean(system, only=mask) for mask in masks]
         if None not in means:
-            lines.append(plots.Line(system, snrs, means, palette[system]))
+            lines.append(plots.Line(system, snrs, np.array(means), palette[system]))
     if not lines:
         return None
     label = scores.metric.label

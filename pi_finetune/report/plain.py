@@ -1,6 +1,14 @@
 """A comparison for readers who do not know the field: one short table, and a sentence under it."""
 
+from typing import TYPE_CHECKING
+
 from pi_finetune.report.tables import interval_text, markdown, number
+
+if TYPE_CHECKING:
+    from pi_finetune.results.comparison import Comparison
+
+__all__ = ["plain_summary"]
+
 
 #: What the rows are that are no strategy.
 _EXPLAINED = {
@@ -10,7 +18,7 @@ _EXPLAINED = {
 }
 
 
-def plain_summary(comparison):
+def plain_summary(comparison: "Comparison") -> str:
     """The systems, fewest word errors first, and in words what the best strategy gained.
 
     Arguments
@@ -39,7 +47,7 @@ def plain_summary(comparison):
     ]
     unit = "phonemes" if metrics["wer"].label.startswith("PER") else "words"
     text = markdown(["system", f"wrong {unit} in %", "PESQ (1 to 4.6, more is better)"], body)
-    best = next((system for system in order if system not in _EXPLAINED), None)
+    best = next((system for system in order if system not in _EXPLAINED), "")
     start = found.get(comparison.baseline)
     change = found[best].difference if best else None
     if start is None or change is None:

@@ -9,6 +9,7 @@ import io
 import itertools
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -19,10 +20,16 @@ from PIL import Image
 
 from pi_finetune.spectrograms import spectrogram
 
+if TYPE_CHECKING:
+    from pi_finetune.results.statistics import Interval
+
+__all__ = ["SERIES", "Line", "alignment_chart", "interval_chart", "line_chart", "spectrogram_image"]
+
+
 SERIES = 10
 _MARKERS = "osD^vPX<>*"
 _INK, _GRID = "#010203", "#040506"
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
     "svg.hashsalt": "pi_finetune",
     "font.size": 10,
@@ -52,7 +59,7 @@ class Line:
     thin: bool = False
 
 
-def line_chart(lines, x_label, y_label, title):
+def line_chart(lines: list[Line], x_label: str, y_label: str, title: str) -> str:
     """Curves over a common axis.
 
     Arguments
@@ -72,7 +79,7 @@ def line_chart(lines, x_label, y_label, title):
     def draw(figure):
         axes = figure.add_subplot()
         for line in lines:
-            style = {"linewidth": 0.8, "alpha": 0.35}
+            style: dict = {"linewidth": 0.8, "alpha": 0.35}
             if not line.thin:
                 marker = _MARKERS[line.series % len(_MARKERS)]
                 style = {"linewidth": 1.8, "marker": marker, "markersize": 4.5, "label": line.label}
@@ -84,7 +91,7 @@ def line_chart(lines, x_label, y_label, title):
     return _svg(draw, title, (4.6, 3.1))
 
 
-def interval_chart(rows, x_label, title):
+def interval_chart(rows: "list[tuple[str, Interval, int]]", x_label: str, title: str) -> str:
     """Estimates with intervals, one under the other, against a line at 0.
 
     Arguments
@@ -119,7 +126,15 @@ def interval_chart(rows, x_label, title):
     return _svg(draw, title, (4.6, 0.9 + 0.32 * len(rows)))
 
 
-def alignment_chart(alignment, x_features, y_features, hop_seconds, x_label, y_label, title):
+def alignment_chart(
+    alignment: np.ndarray,
+    x_features: np.ndarray,
+    y_features: np.ndarray,
+    hop_seconds: float,
+    x_label: str,
+    y_label: str,
+    title: str,
+) -> str:
     """An expected alignment with the features of both sides along its edges.
 
     A dashed line marks equal times on both sides.
@@ -200,7 +215,14 @@ def _svg(draw, title, size):
     ).strip()
 
 
-def spectrogram_image(wav, sample_rate, loudest, dynamic_range=70.0, width=480, height=160):
+def spectrogram_image(
+    wav: np.ndarray,
+    sample_rate: int,
+    loudest: float,
+    dynamic_range: float = 70.0,
+    width: int = 480,
+    height: int = 160,
+) -> bytes:
     """A spectrogram as a WebP image, low frequencies at the bottom.
 
     Arguments

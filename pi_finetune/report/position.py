@@ -2,6 +2,7 @@
 
 import base64
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,7 +15,10 @@ from pi_finetune.files import replacing
 from pi_finetune.report import tables
 from pi_finetune.results.runs import read_json_lines
 
-_STYLE = {
+__all__ = ["DIAGNOSTICS", "position_section", "summary_rows", "write_figures"]
+
+
+_STYLE: Any = {
     "svg.hashsalt": "pi_finetune",
     "font.size": 9,
     "axes.spines.top": False,
@@ -75,7 +79,7 @@ DIAGNOSTICS = {
 }
 
 
-def write_figures(folder):
+def write_figures(folder: str | Path) -> list[Path]:
     """Draw a PNG and an SVG for every diagnostic whose lines are in a folder.
 
     Arguments
@@ -227,7 +231,7 @@ def _draw_causal(axes, records):
     axes.set(ylabel="fall / fall with matched targets")
 
 
-def summary_rows(folder):
+def summary_rows(folder: str | Path) -> tuple[list[str], list[list[str]]]:
     """The headline numbers of a folder of diagnostics, a row per layer.
 
     Returns
@@ -236,7 +240,9 @@ def summary_rows(folder):
         Header and cells, as :mod:`~pi_finetune.report.tables` takes them; no rows if there is
         nothing.
     """
-    folder, columns, layers = Path(folder), {}, {}
+    folder = Path(folder)
+    columns: dict = {}
+    layers: dict = {}
 
     def add(layer, column, value, low=None, high=None):
         text = tables.number(value, 2) if value is not None else tables.MISSING
@@ -271,7 +277,7 @@ def _nearest_half_second(records):
     return [record for record in records if record["shift"] == shift]
 
 
-def position_section(folder):
+def position_section(folder: str | Path) -> Markup:
     """The report's section on a folder of diagnostics: text, figures, and all lines as tables.
 
     Arguments

@@ -9,17 +9,47 @@ import csv
 import io
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup, escape
 
 from pi_finetune.files import write_text
 
+if TYPE_CHECKING:
+    from pi_finetune.results.comparison import Comparison
+    from pi_finetune.results.declarations import Metric
+    from pi_finetune.results.statistics import Interval
+
+__all__ = [
+    "MISSING",
+    "best_cells",
+    "convergence_rows",
+    "convergence_table",
+    "difference_table",
+    "explanation",
+    "html_table",
+    "interval_text",
+    "latex",
+    "markdown",
+    "number",
+    "p_text",
+    "run_rows",
+    "run_table",
+    "share",
+    "signed",
+    "summary_rows",
+    "summary_table",
+    "write_tables",
+]
+
+
 MISSING = "–"
 
 
-def write_tables(comparison, folder):
+def write_tables(comparison: "Comparison", folder: str | Path) -> list[Path]:
     """Write all tables of a comparison.
 
     Arguments
@@ -54,7 +84,7 @@ def write_tables(comparison, folder):
 # Rows of numbers
 
 
-def run_rows(comparison):
+def run_rows(comparison: "Comparison") -> list[dict]:
     """A dict per run: ``strategy, seed``, every metric by its name, and counts; None: missing.
 
     ``wer`` is in percent. ``utterances`` and ``words`` are what WER is over; ``failed_METRIC``
@@ -67,22 +97,24 @@ def run_rows(comparison):
         row = {"strategy": strategy, "seed": seed}
         for name in names:
             row[name] = _rounded(comparison.scores[name].mean(strategy, seed))
-        lines = comparison.records.get((strategy, seed))
-        row["utterances"] = len(lines) if lines else None
+        # An expected system of which there is no run has no seed.
+        key = (strategy, -1 if seed is None else seed)
+        lines = comparison.records.get(key, [])
+        row["utterances"] = len(lines) or None
         counts = dict.fromkeys(("words", "substitutions", "deletions", "insertions"))
-        if (strategy, seed) in wer.values:
+        if key in wer.values:
             used = set(wer.ids)
             entries = [line["asr"][wer.metric.recognizer] for line in lines if line["id"] in used]
-            counts = {key: sum(entry.get(key, 0) for entry in entries) for key in counts}
+            counts = {name: sum(entry.get(name, 0) for entry in entries) for name in counts}
             counts["words"] = int(wer.weights.sum())
         row.update(counts)
         for name, table in comparison.scores.items():
-            row[f"failed_{name}"] = table.failed.get((strategy, seed))
+            row[f"failed_{name}"] = table.failed.get(key)
         rows.append(row)
     return rows
 
 
-def summary_rows(comparison):
+def summary_rows(comparison: "Comparison") -> list[dict]:
     """A dict per system: seeds, and for every metric mean, interval and difference to baseline."""
     rows = []
     for system in comparison.systems:
@@ -95,7 +127,9 @@ def summary_rows(comparison):
             row[name] = level and _rounded(level.estimate)
             row[f"{name}_low"] = level and _rounded(level.low)
             row[f"{name}_high"] = level and _rounded(level.high)
-            row[f"{name}_seed_sd"] = _rounded(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
+            row[f"{name}_seed_sd"] = (
+                _rounded(np.std(np.array(by_seed, float), ddof=1)) if len(by_seed) > 1 else None
+            )
             difference = found and found.difference
             for key, attribute in (
                 ("difference", "estimate"),
@@ -110,7 +144,7 @@ def summary_rows(comparison):
     return rows
 
 
-def convergence_rows(comparison):
+def convergence_rows(comparison: "Comparison") -> list[dict]:
     """A dict per strategy and seed, then the measures over the strategy's seeds."""
     rows = []
     for strategy, found in comparison.convergence.items():
@@ -147,7 +181,7 @@ def _rounded(value):
 # Rows of text: a cell is a str, or (str, True) where it is the best of its column
 
 
-def run_table(comparison, render):
+def run_table(comparison: "Comparison", render: Callable[[list, list], str]) -> str:
     """The table of runs, through ``render``: :func:`markdown` or :func:`latex`."""
     rows = run_rows(comparison)
     metrics = comparison.metrics
@@ -169,7 +203,7 @@ def run_table(comparison, render):
     return render(header, body)
 
 
-def summary_table(comparison, render):
+def summary_table(comparison: "Comparison", render: Callable[[list, list], str]) -> str:
     """The table of systems with intervals, through ``render``."""
     systems, metrics = comparison.systems, comparison.metrics
     columns = []
@@ -187,7 +221,7 @@ def summary_table(comparison, render):
     return render(["strategy", "seeds", *(heading(m) for m in metrics)], body)
 
 
-def difference_table(comparison, render):
+def difference_table(comparison: "Comparison", render: Callable[[list, list], str]) -> str:
     """Differences from the baseline, a row per system and metric, through ``render``.
 
     The column ``family`` says over which, and how many, differences a p-value is adjusted.
@@ -207,7 +241,7 @@ def difference_table(comparison, render):
     return render([*header, "p", "p (Holm)", "family", "p (equivalence)", "verdict"], body)
 
 
-def convergence_table(comparison, render):
+def convergence_table(comparison: "Comparison", render: Callable[[list, list], str]) -> str:
     """Convergence to the baseline's best dev score, a row per strategy, through ``render``."""
     digits = comparison.dev_metric.digits
     body = []
@@ -247,7 +281,7 @@ def _summary_page(comparison):
     return "\n".join(parts) + "\n"
 
 
-def explanation(comparison):
+def explanation(comparison: "Comparison") -> str:
     """How to read the summary, in one paragraph of plain text."""
     percent = f"{100 * comparison.bootstrap.confidence:g} %"
     text = (
@@ -274,12 +308,12 @@ def explanation(comparison):
     return text
 
 
-def heading(metric):
+def heading(metric: "Metric") -> str:
     """A metric's column heading with its good direction."""
     return f"{metric.label} {'↑' if metric.higher_is_better else '↓'}"
 
 
-def number(value, digits):
+def number(value: float | None, digits: int) -> str:
     """A number with a proper minus sign, or "–"."""
     if value is None or not math.isfinite(value):
         return MISSING
@@ -287,27 +321,27 @@ def number(value, digits):
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def signed(value, digits):
+def signed(value: float | None, digits: int) -> str:
     """As :func:`number`, with a plus sign."""
     text = number(value, digits)
     return text if text == MISSING or text.startswith("−") else f"+{text}"
 
 
-def interval_text(interval, digits):
+def interval_text(interval: "Interval", digits: int) -> str:
     """`` [low, high]``, or nothing where there is no interval."""
     if not math.isfinite(interval.low):
         return ""
     return f" [{number(interval.low, digits)}, {number(interval.high, digits)}]"
 
 
-def p_text(value):
+def p_text(value: float | None) -> str:
     """A p-value to three digits, or "–"."""
     if value is None or math.isnan(value):
         return MISSING
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def share(value):
+def share(value: float | None) -> str:
     """A probability to three digits, never rounded to certainty, or "–"."""
     if value is None or math.isnan(value):
         return MISSING
@@ -320,7 +354,7 @@ def _count(value):
     return MISSING if value is None else str(value)
 
 
-def best_cells(values, metric):
+def best_cells(values: list, metric: "Metric") -> list[tuple[str, bool]]:
     """Cells of a column, [(text, is best)]; all that print like the best one are best."""
     present = [value for value in values if value is not None]
     choose = max if metric.higher_is_better else min
@@ -332,7 +366,7 @@ def best_cells(values, metric):
 # Formats
 
 
-def markdown(header, body):
+def markdown(header: list, body: list) -> str:
     """A Markdown table whose source is aligned too, so that it can be read in a terminal."""
     rows = [[_markdown_cell(cell) for cell in row] for row in [header, *body]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -355,7 +389,7 @@ def _markdown_cell(cell):
     return f"**{text}**" if best else text
 
 
-def latex(header, body):
+def latex(header: list, body: list) -> str:
     """A booktabs tabular, to be read in with ``\\input``."""
     rows = [" & ".join(map(_latex_cell, row)) + r" \\" for row in [header, *body]]
     columns = "l" + "r" * (len(header) - 1)
@@ -392,7 +426,7 @@ def _latex_cell(cell):
     return rf"\textbf{{{text}}}" if best else text
 
 
-def html_table(header, body):
+def html_table(header: list, body: list) -> Markup:
     """Rows of cells, as an HTML table."""
     parts = [Markup("<table><thead><tr>")]
     parts += [Markup('<th scope="col">{}</th>').format(text) for text in header]
@@ -407,7 +441,8 @@ def html_table(header, body):
 
 def _html_cell(cell):
     text, best = cell if isinstance(cell, tuple) else (cell, False)
-    value, interval, marker = re.fullmatch(r"(.*?)(?: (\[.*\]))?([*†]?)", text).groups()
+    parts = re.match(r"(.*?)(?: (\[.*\]))?([*†]?)\Z", text, re.DOTALL)
+    value, interval, marker = parts.groups() if parts else (text, None, "")
     value = Markup("<strong>{}</strong>").format(value) if best else escape(value)
     if marker:
         meaning = "significantly better" if marker == "*" else "significantly worse"

@@ -2,9 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pi_finetune.report.tables import number, signed
 from pi_finetune.results.comparison import FEW_RECORDINGS
+
+if TYPE_CHECKING:
+    from pi_finetune.results.comparison import Comparison
+
+__all__ = ["Verdict", "verdict"]
+
 
 #: Of the scores without reference, the one that judges the whole impression.
 OVERALL = "dnsmos_ovrl"
@@ -29,7 +36,7 @@ class Verdict:
     text: str
 
 
-def verdict(comparison, labels):
+def verdict(comparison: "Comparison", labels: dict) -> Any:
     """Judge models against the noisy speech by the word errors of a recogniser.
 
     A system is recommended where its difference in word errors is significant after Holm's

@@ -1,8 +1,10 @@
 """The numbers of a comparison: scores, intervals, differences from a baseline, convergence."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,16 @@ from pi_finetune.results.statistics import (
     seed_interval,
     updates_to_reach,
 )
+
+__all__ = [
+    "DEV_METRICS",
+    "FEW_RECORDINGS",
+    "Comparison",
+    "Convergence",
+    "common_folder",
+    "compare_runs",
+]
+
 
 #: Under this many, resampling utterances is not to be relied on, and the comparison says so.
 FEW_RECORDINGS = 20
@@ -89,14 +101,14 @@ class Comparison:
     """Everything that tables and report are written from."""
 
     test_set: str
-    baseline: str | None  # None: it has no scores
+    baseline: str | Any  # None: it has no scores
     runs: list[Run]
     ids: list[str]
     metrics: list[Metric]
     scores: dict[str, MetricScores]
     summary: dict[str, dict[str, SystemSummary]]
     expected: list[tuple[str, int | None]]
-    dev_metric: Metric | None
+    dev_metric: Metric | Any  # None: no run has a dev curve
     curves: dict[str, dict[tuple[str, int], Curve]]
     convergence: dict[str, Convergence]
     bootstrap: Bootstrap
@@ -105,18 +117,18 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def systems(self):
+    def systems(self) -> list[str]:
         """Names of the systems that have scores, in the order of tables."""
         return list(dict.fromkeys(run.strategy for run in self.runs if run.scores))
 
     @property
-    def main_metrics(self):
+    def main_metrics(self) -> list[Metric]:
         """The metrics less those of further recognisers."""
         main = self.metrics[0].recognizer
         return [metric for metric in self.metrics if metric.recognizer in (None, main)]
 
     @property
-    def records(self):
+    def records(self) -> dict[tuple[str, int], list[dict]]:
         """Score lines of the compared utterances by run: {(strategy, seed): [line]}."""
         return {
             (run.strategy, run.seed): [run.scores[id_] for id_ in self.ids]
@@ -126,15 +138,15 @@ class Comparison:
 
 
 def compare_runs(
-    paths,
-    test_set=None,
-    baseline="mse",
-    intersect=False,
-    recognizer=None,
-    dev_metric=None,
-    bootstrap=None,
-    of_models=False,
-):
+    paths: Sequence[str | Path],
+    test_set: str | None = None,
+    baseline: str = "mse",
+    intersect: bool = False,
+    recognizer: str | None = None,
+    dev_metric: str | None = None,
+    bootstrap: Bootstrap | None = None,
+    of_models: bool = False,
+) -> Comparison:
     """Compare runs on one test set and by their dev curves.
 
     Arguments
@@ -172,7 +184,7 @@ def compare_runs(
         :func:`~pi_finetune.results.scores.metrics_of`; or ``dev_metric`` is unknown.
     """
     bootstrap = bootstrap or Bootstrap()
-    notes = []
+    notes: list = []
     runs, test_set = load_runs(paths, test_set, notes)
     scored = [run for run in runs if run.scores]
     if not scored:
@@ -391,6 +403,6 @@ def _mean_updates(updates, confidence):
     return Interval(mean.estimate, low, mean.high)
 
 
-def common_folder(comparison):
+def common_folder(comparison: Comparison) -> Path:
     """The folder that holds the compared runs, for output: ``results`` of results/mse/1234."""
     return Path(comparison.runs[0].folder).resolve().parent.parent

@@ -4,10 +4,23 @@ What computes them is in :mod:`pi_finetune.results.metrics`.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pi_finetune.errors import UserError
 from pi_finetune.settings import check_choice
+
+__all__ = [
+    "CHOICES",
+    "NLL",
+    "PER",
+    "SIGNAL_METRICS",
+    "WAVEFORM_METRICS",
+    "WER",
+    "Metric",
+    "check_metrics",
+    "higher_is_better",
+]
 
 
 @dataclass(frozen=True)
@@ -60,23 +73,23 @@ class Metric:
     model: str | None = None
 
     @property
-    def needs_reference(self):
+    def needs_reference(self) -> bool:
         """Whether clean speech is needed: real recordings have none."""
         return self.reference == "clean"
 
     @property
-    def label(self):
+    def label(self) -> str:
         """Title, unit and, if asked for, recogniser."""
         unit = f" ({self.unit})" if self.unit else ""
         return f"{self.title}{unit}" + (f", {self.recognizer}" if self.names_recognizer else "")
 
-    def margin_of(self, level):
+    def margin_of(self, level: float) -> float | None:
         """The margin in the metric's unit, where the baseline's score is ``level``; or None."""
         if self.margin is None:
             return None
         return self.margin * abs(level) if self.margin_is_relative else self.margin
 
-    def margin_text(self):
+    def margin_text(self) -> str:
         """``0.5 points``, ``2 %``, or "" without a margin."""
         if self.margin is None:
             return ""
@@ -156,12 +169,12 @@ METRICS = (WER, PER, CER, NLL, *LINE_METRICS)
 CHOICES = {metric.name: metric for metric in (CER, *LINE_METRICS)}
 
 
-def higher_is_better(score):
+def higher_is_better(score: str) -> bool:
     """The direction of a score by its name; what is no declared metric is a loss, and lower is."""
     return any(metric.higher_is_better for metric in METRICS if metric.name == score)
 
 
-def metrics_table():
+def metrics_table() -> str:
     """The declared metrics as a table in Markdown: that of ``docs/metrics.md``."""
     needs = {"clean": "clean speech", "transcript": "transcript, recogniser", None: ""}
     rows = ["| name | metric | better | needs | defined by |", "|---|---|---|---|---|"]
@@ -176,7 +189,7 @@ def metrics_table():
     return "\n".join(rows) + "\n"
 
 
-def check_metrics(names):
+def check_metrics(names: Sequence[str]) -> None:
     """See whether an installation can compute some metrics.
 
     Arguments
@@ -199,7 +212,7 @@ def check_metrics(names):
             )
 
 
-def without_reference():
+def without_reference() -> list[str]:
     """Names of the metrics of waveforms that need no clean speech, as far as their packages are
     installed: what real recordings are scored by.
     """

@@ -5,7 +5,10 @@ import contextlib
 import glob
 import hashlib
 import json
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from speechbrain.utils.distributed import ddp_barrier
@@ -23,8 +26,16 @@ from pi_finetune.results.declarations import CER, CHOICES, WAVEFORM_METRICS, wit
 from pi_finetune.results.handover import SavedAudio
 from pi_finetune.results.pool import ScorePool
 
+if TYPE_CHECKING:
+    pass
 
-def load_recognizers(sources):
+__all__ = ["evaluate_system", "load_recognizers"]
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_recognizers(sources: str | list[str] | None) -> list:
     """Load recognisers for use in YAML.
 
     Arguments
@@ -44,7 +55,7 @@ def load_recognizers(sources):
     """
     sources = [sources] if isinstance(sources, str) else sources or []
     recognizers = [load_recognizer(str(source)) for source in sources]
-    named = {}
+    named: dict = {}
     for source, recognizer in zip(sources, recognizers):
         if recognizer.name in named:
             raise UserError(
@@ -60,7 +71,9 @@ def load_recognizers(sources):
 LONG_SECONDS = 60
 
 
-def evaluate_system(folder, enhancer, pairs, recognizers, **options):
+def evaluate_system(
+    folder: str | Path, enhancer: Any, pairs: Any, recognizers: Any, **options: Any
+) -> Path:
     """Score a system and write ``FOLDER/scores/TEST_SET.jsonl``.
 
     Arguments
@@ -79,23 +92,23 @@ def evaluate_system(folder, enhancer, pairs, recognizers, **options):
 
 
 def evaluate_mixes(
-    folders,
-    enhancer,
-    pairs,
-    recognizers,
-    test_set="test",
-    batch_size=4,
-    workers=0,
-    num_workers=0,
-    audio_examples=0,
-    overwrite=False,
-    device="cpu",
-    save_audio=None,
-    bar=None,
-    max_batch_seconds=None,
-    names=None,
-    measures=None,
-):
+    folders: dict,
+    enhancer: Callable | str | None,
+    pairs: Any,
+    recognizers: list,
+    test_set: str = "test",
+    batch_size: int = 4,
+    workers: Any = 0,
+    num_workers: int = 0,
+    audio_examples: int = 0,
+    overwrite: bool = False,
+    device: Any = "cpu",
+    save_audio: str | Path | None = None,
+    bar: Any = None,
+    max_batch_seconds: float | None = None,
+    names: Any = None,
+    measures: dict | None = None,
+) -> list[Path]:
     """Score systems that differ in the share of the enhanced signal; speech is enhanced once.
 
     Each gets a file ``FOLDER/scores/TEST_SET.jsonl``. While it runs, lines go to
@@ -167,7 +180,7 @@ def evaluate_mixes(
         "weights": _digest(enhancer),
         "audio_examples": audio_examples,
     }
-    default = metrics.SIGNAL_SCORES if pairs.has_clean else without_reference()
+    default: Sequence[str] = metrics.SIGNAL_SCORES if pairs.has_clean else without_reference()
     names = [
         name
         for name in (default if names is None else names)
@@ -178,7 +191,7 @@ def evaluate_mixes(
         settings["metrics"] = sorted(names)
     if measures:
         settings["models"] = {name: measure.source for name, measure in measures.items()}
-    give = {None: "noisy", "clean": "clean"}.get(enhancer, "enhanced")
+    give = "noisy" if enhancer is None else "clean" if enhancer == "clean" else "enhanced"
     systems = []
     for mix, folder in folders.items():
         own = settings if mix == 1 else {**settings, "mix": mix}
@@ -225,7 +238,9 @@ def evaluate_mixes(
         waveform_names = [m.name for m in WAVEFORM_METRICS if m.name in names]
         pool = stack.enter_context(ScorePool(workers, waveform_names))
         stack.enter_context(torch.inference_mode())
-        waiting = collections.deque()  # lines that want their signal scores, in order
+        waiting: collections.deque = (
+            collections.deque()
+        )  # lines that want their signal scores, in order
 
         def write(all_of_them=False):
             while waiting and (all_of_them or waiting[0][1].done()):
@@ -291,7 +306,9 @@ def _batches(pairs, batch_size, max_seconds, todo):
     They are cut from the whole set, before anything is left out: so an utterance has the same
     neighbours, and the same last digits, in any number of processes.
     """
-    batches, batch, seconds = [], [], pairs.seconds()
+    batches: list = []
+    batch: list = []
+    seconds = pairs.seconds()
     order = range(len(seconds))
     if max_seconds is not None:
         order = sorted(order, key=lambda i: -seconds[i])

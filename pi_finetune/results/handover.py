@@ -8,11 +8,19 @@ paths absolute. VERSA reads them with ``--io soundfile``, the scripts of the URG
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pi_finetune.data.audio import save_flac
 from pi_finetune.errors import UserError
 from pi_finetune.files import shown, why_not_written, write_text
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["SavedAudio"]
+
 
 #: Of the folder of what every system is given: the noisy and the clean speech.
 INPUTS = "inputs"
@@ -35,7 +43,7 @@ class SavedAudio:
         Of the test set. In file names and lists, blanks and slashes in them become ``_``.
     """
 
-    def __init__(self, root, system, enhances, ids):
+    def __init__(self, root: str | Path, system: str, enhances: str, ids: list[str]):
         self.root = Path(root).absolute()
         self.folder = self.root / system
         self.enhances = enhances
@@ -44,7 +52,8 @@ class SavedAudio:
                 f"--save_audio {shown(root)}: {shown(self.folder)} has a blank, at which the "
                 "readers of its lists part a line. Name another folder."
             )
-        self.names, taken = {}, {}
+        self.names: dict = {}
+        taken: dict = {}
         for id_ in ids:
             name = re.sub(r"[\s/]+", "_", id_)
             if taken.setdefault(name, id_) != id_:
@@ -53,7 +62,7 @@ class SavedAudio:
                 )
             self.names[id_] = name
 
-    def begin(self, settings, overwrite=False):
+    def begin(self, settings: dict, overwrite: bool = False) -> None:
         """Take the folder, or go on in it.
 
         Arguments
@@ -86,17 +95,17 @@ class SavedAudio:
         for folder, values in ((self.root / INPUTS, inputs), (self.folder, settings)):
             self._write(folder / "settings.json", json.dumps(values, indent=1))
 
-    def path(self, id_, kind):
+    def path(self, id_: str, kind: str) -> Path:
         """The file of an utterance: ``enhanced``, ``noisy`` or ``clean``."""
         kind = self.enhances if kind == "enhanced" else kind
         folder = self.folder / "audio" if kind == "enhanced" else self.root / INPUTS / kind
         return folder / f"{self.names[id_]}.flac"
 
-    def has(self, id_, kinds):
+    def has(self, id_: str, kinds: Sequence[str]) -> bool:
         """Whether all the files of an utterance are there."""
         return all(self.path(id_, kind).is_file() for kind in kinds)
 
-    def write(self, id_, wavs):
+    def write(self, id_: str, wavs: dict) -> None:
         """Write what is not there yet of ``{kind: waveform [T]}``, each file whole or not at all.
 
         What several systems are given is written by the first.
@@ -105,7 +114,7 @@ class SavedAudio:
             if not self.path(id_, kind).is_file():
                 save_flac(self.path(id_, kind), wav)
 
-    def finish(self, kinds, texts):
+    def finish(self, kinds: Sequence[str], texts: dict) -> None:
         """Write the lists, when all audio is there.
 
         Arguments
@@ -115,7 +124,7 @@ class SavedAudio:
         texts : dict
             Transcripts by id; None where there is none.
         """
-        order = sorted(self.names, key=self.names.get)
+        order = sorted(self.names, key=self.names.__getitem__)
         for kind in kinds:
             lines = [f"{self.names[id_]} {self.path(id_, kind)}\n" for id_ in order]
             self._write(self.folder / f"{kind}.scp", "".join(lines))

@@ -7,7 +7,9 @@ is None: it is to be counted, never replaced by a number.
 
 import functools
 import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pesq import pesq
@@ -16,6 +18,32 @@ from pystoi.stoi import BETA, DYN_RANGE, FS, N_FRAME, NFFT, NUMBAND, OBM
 from pystoi.stoi import N as SEGMENT
 
 from pi_finetune.results.declarations import NLL, SIGNAL_METRICS, WAVEFORM_METRICS, WER
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "DEV_SCORES",
+    "SAMPLE_RATE",
+    "SIGNAL_SCORES",
+    "STOI_SEGMENTS",
+    "TEXT_SCORES",
+    "dnsmos",
+    "estoi",
+    "intelligibility",
+    "mean_score",
+    "nll_per_token",
+    "normalise_text",
+    "pesq_wb",
+    "phoneme_errors",
+    "recognition_errors",
+    "si_sdr",
+    "signal_scores",
+    "stoi",
+    "wer",
+    "word_errors",
+]
+
 
 SAMPLE_RATE = 16000
 #: Peak (after removing the mean) under which a signal counts as silent: -120 dBFS.
@@ -35,7 +63,7 @@ TEXT_SCORES = (WER.name, NLL.name)
 DEV_SCORES = (*TEXT_SCORES, "objective", *SIGNAL_SCORES)
 
 
-def pesq_wb(reference, estimate):
+def pesq_wb(reference: np.ndarray, estimate: np.ndarray) -> float | None:
     """Wide-band PESQ (ITU-T P.862.2), MOS-LQO, 1.04 to 4.64, higher is better.
 
     A signal of more than 19 s is scored in equal consecutive pieces of at most
@@ -79,7 +107,7 @@ def _pesq_piece(reference, estimate):
     return score if math.isfinite(score) else None
 
 
-def stoi(reference, estimate):
+def stoi(reference: np.ndarray, estimate: np.ndarray) -> float | None:
     """Short-time objective intelligibility, about 0 to 1, higher is better (Taal et al. 2011).
 
     Arguments, returns and errors as :func:`pesq_wb`; None for less than 0.4 s
@@ -88,12 +116,12 @@ def stoi(reference, estimate):
     return intelligibility(reference, estimate)["stoi"]
 
 
-def estoi(reference, estimate):
+def estoi(reference: np.ndarray, estimate: np.ndarray) -> float | None:
     """Extended STOI (Jensen & Taal 2016); as :func:`stoi`."""
     return intelligibility(reference, estimate)["estoi"]
 
 
-def intelligibility(reference, estimate):
+def intelligibility(reference: np.ndarray, estimate: np.ndarray) -> dict[str, float | None]:
     """STOI and ESTOI of one utterance, ``{"stoi", "estoi"}``; see :func:`stoi`.
 
     What both have in common is done once, by the parts of ``pystoi``: resampling, leaving out
@@ -101,7 +129,7 @@ def intelligibility(reference, estimate):
     1e-16 that it adds for ESTOI, so that a segment without any change in a band counts 0.
     """
     reference, estimate = _pair(reference, estimate)
-    nothing = dict.fromkeys(("stoi", "estoi"))
+    nothing: dict[str, float | None] = dict.fromkeys(("stoi", "estoi"))
     if not (_scorable(reference) and _scorable(estimate)):
         return nothing
     if len(reference) < STOI_SECONDS * SAMPLE_RATE:
@@ -153,7 +181,7 @@ def _extended_correlations(x, y):
     return np.einsum("sbn,sbn->", x, y)
 
 
-def si_sdr(reference, estimate):
+def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float | None:
     """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019).
 
     Both signals' means are removed first. The ratio is bounded by the float64
@@ -176,7 +204,7 @@ def _energy(wav):
     return np.sum(wav * wav)
 
 
-def lsd(reference, estimate):
+def lsd(reference: np.ndarray, estimate: np.ndarray) -> float | None:
     """Log-spectral distance, 0 or more, lower is better, as the URGENT challenge computes it.
 
     ``mean_t sqrt(mean_f ln(|X|^2 / |a Y|^2)^2)`` of spectra of 32 ms every 16 ms, ``a`` being the
@@ -200,7 +228,7 @@ def lsd(reference, estimate):
 MCD_ORDER, MCD_WARPING, MCD_FLOOR = 23, 0.42, 1e-6
 
 
-def mcd(reference, estimate):
+def mcd(reference: np.ndarray, estimate: np.ndarray) -> float | None:
     """Mel-cepstral distortion in dB, 0 or more, lower is better (Kubichek 1993).
 
     ``10 / ln 10 * sqrt(2 sum_d (c_d - c'_d)^2)`` over coefficients 1 to 23 of mel-cepstra, the mean
@@ -216,7 +244,7 @@ def mcd(reference, estimate):
     return float(10 / np.log(10) * np.mean(distances))
 
 
-def mel_cepstra(wav, size=1024, hop=256):
+def mel_cepstra(wav: "torch.Tensor", size: int = 1024, hop: int = 256) -> np.ndarray:
     """Mel-cepstra [frames, 24]: cepstra of the log spectrum on a warped axis, as SPTK's ``sp2mc``.
 
     Tokuda et al., "Mel-generalized cepstral analysis", ICSLP 1994; the warping by Oppenheim &
@@ -263,7 +291,7 @@ def _dnsmos():
     return model
 
 
-def dnsmos(estimate):
+def dnsmos(estimate: np.ndarray) -> dict:
     """DNSMOS, a model of listeners' opinions, 1 to 5, higher is better; no reference is needed.
 
     By ``speechmos``: means over windows of 9 s, a shorter signal being repeated. A signal over
@@ -295,7 +323,9 @@ def dnsmos(estimate):
     return {name: float(found[original]) for name, original in names.items()}
 
 
-def signal_scores(reference, estimate, names=SIGNAL_SCORES):
+def signal_scores(
+    reference: np.ndarray, estimate: np.ndarray, names: Sequence[str] = SIGNAL_SCORES
+) -> dict[str, float | None]:
     """Signal scores of one utterance.
 
     Arguments
@@ -320,7 +350,7 @@ def signal_scores(reference, estimate, names=SIGNAL_SCORES):
     unknown = set(names) - {metric.name for metric in WAVEFORM_METRICS}
     if unknown:
         raise ValueError(f"no metric of waveforms: {', '.join(sorted(unknown))}")
-    scores = {}
+    scores: dict = {}
     for needed, compute in _COMPUTED:
         wanted = [name for name in needed if name in names]
         if not wanted:
@@ -337,7 +367,7 @@ def signal_scores(reference, estimate, names=SIGNAL_SCORES):
 
 
 #: What computes which scores; several that share most of their work are computed at once.
-_COMPUTED = (
+_COMPUTED: tuple[tuple[tuple[str, ...], Callable], ...] = (
     (("pesq",), pesq_wb),
     (("stoi", "estoi"), intelligibility),
     (("si_sdr",), si_sdr),
@@ -347,7 +377,7 @@ _COMPUTED = (
 )
 
 
-def mean_score(values):
+def mean_score(values: Iterable[float | None]) -> tuple[float | None, int]:
     """Mean over the scores that are there.
 
     Arguments
@@ -371,7 +401,7 @@ def _normaliser():
     return EnglishTextNormalizer({})
 
 
-def normalise_text(text):
+def normalise_text(text: str) -> str:
     """Whisper's English text normalisation, applied to both sides before words are compared.
 
     Lower case; punctuation, diacritics, bracketed remarks and fillers (uh, um)
@@ -398,7 +428,7 @@ def normalise_text(text):
     return " ".join(w for w in _normaliser()(text).split() if any(map(str.isalnum, w)))
 
 
-def word_errors(reference, hypothesis):
+def word_errors(reference: str, hypothesis: str) -> dict:
     """Word errors of one utterance, counted by `jiwer` on normalised text.
 
     An empty hypothesis is all deletions; under an empty reference every word is
@@ -420,7 +450,7 @@ def word_errors(reference, hypothesis):
     return {"hypothesis": hypothesis, "reference": reference, **counts}
 
 
-def phoneme_errors(reference, hypothesis):
+def phoneme_errors(reference: str, hypothesis: str) -> dict:
     """Phoneme errors of one utterance.
 
     Arguments
@@ -444,7 +474,7 @@ def phoneme_errors(reference, hypothesis):
     return {"hypothesis": hypothesis, "reference": reference, "unit": "phoneme", **counts}
 
 
-def character_errors(reference, hypothesis):
+def character_errors(reference: str, hypothesis: str) -> dict:
     """Character errors of one utterance, on the normalised texts of :func:`word_errors`.
 
     Arguments
@@ -468,13 +498,13 @@ def character_errors(reference, hypothesis):
     return {"character_errors": errors, "characters": len(reference)}
 
 
-def token_errors(reference, hypothesis):
+def token_errors(reference: str, hypothesis: str) -> int:
     """Least substitutions, deletions and insertions between texts of tokens, split at blanks."""
     counts = _edits(reference, hypothesis)
     return counts["substitutions"] + counts["deletions"] + counts["insertions"]
 
 
-def recognition_errors(recognizer, reference, hypothesis):
+def recognition_errors(recognizer: Any, reference: str, hypothesis: str) -> dict:
     """Errors of one utterance in the unit that a recogniser writes.
 
     Arguments
@@ -511,7 +541,7 @@ def _edits(reference, hypothesis):
     return {**counts, "insertions": len(hypothesis.split())}
 
 
-def wer(records):
+def wer(records: Iterable[dict | None]) -> float | None:
     """Word or phoneme error rate of a set in percent: all errors over all reference tokens.
 
     Arguments
@@ -530,13 +560,13 @@ def wer(records):
     >>> wer([word_errors("the red door", "the bread door"), word_errors("open", "Open."), None])
     25.0
     """
-    records = [record for record in records if record is not None]
-    errors = sum(r["substitutions"] + r["deletions"] + r["insertions"] for r in records)
-    words = sum(r["hits"] + r["substitutions"] + r["deletions"] for r in records)
+    known = [record for record in records if record is not None]
+    errors = sum(r["substitutions"] + r["deletions"] + r["insertions"] for r in known)
+    words = sum(r["hits"] + r["substitutions"] + r["deletions"] for r in known)
     return 100 * errors / words if words else None
 
 
-def nll_per_token(records):
+def nll_per_token(records: Iterable[dict]) -> float | None:
     """Negative log-likelihood of a set's transcripts in nats a token: all nats over all tokens.
 
     Arguments

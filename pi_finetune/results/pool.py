@@ -8,12 +8,17 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
 from loky import ProcessPoolExecutor
 
 from pi_finetune.errors import UserError
 from pi_finetune.results import metrics
+
+__all__ = ["TIMEOUT", "ScorePool", "Scores", "ScoringError"]
+
 
 #: Seconds that an utterance may take; nothing waits for ever.
 TIMEOUT = 600
@@ -30,15 +35,15 @@ class ScoringError(RuntimeError):
 class Scores:
     """The signal scores of one utterance, which may be still on their way."""
 
-    def __init__(self, utterance, future):
+    def __init__(self, utterance: str, future: concurrent.futures.Future):
         self.utterance = utterance
         self._future = future
 
-    def done(self):
+    def done(self) -> bool:
         """Whether :meth:`result` returns at once."""
         return self._future.done()
 
-    def result(self):
+    def result(self) -> dict:
         """``{name: float or None}``, waited for.
 
         Raises
@@ -71,12 +76,12 @@ class ScorePool:
         Which scores, of ``metrics.signal_scores``. Default: PESQ, STOI, ESTOI and SI-SDR.
     """
 
-    def __init__(self, workers=0, names=metrics.SIGNAL_SCORES):
+    def __init__(self, workers: int | None = 0, names: Sequence[str] = metrics.SIGNAL_SCORES):
         self.workers = len(os.sched_getaffinity(0)) if workers is None else workers
         self.names = tuple(names)
-        self._unfinished = collections.deque()
+        self._unfinished: collections.deque = collections.deque()
 
-    def submit(self, utterance, reference, estimate):
+    def submit(self, utterance: str, reference: np.ndarray, estimate: np.ndarray) -> Scores:
         """Ask for the scores of an utterance.
 
         Waits while many are unfinished, so that memory does not depend on the size of a set.
@@ -94,7 +99,7 @@ class ScorePool:
         """
         job = (_score, utterance, reference, estimate, self.names)
         if self.workers == 0:
-            future = concurrent.futures.Future()
+            future: concurrent.futures.Future = concurrent.futures.Future()
             future.set_result(job[0](*job[1:]))
             return Scores(utterance, future)
         while len(self._unfinished) >= 16 + 4 * self.workers:

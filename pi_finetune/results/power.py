@@ -152,7 +152,7 @@ def _behrens_fisher(freedom, tail):
     return angles, (low + high) / 2
 
 
-def variance_components(differences, weights) -> VarianceComponents:
+def variance_components(differences: np.ndarray, weights: np.ndarray) -> VarianceComponents:
     """Estimate the components of a paired difference by analysis of variance.
 
     A score that is a ratio of sums (WER, likelihood per token) is made linear about the whole
@@ -261,7 +261,13 @@ class Pilot:
         return high
 
 
-def load_pilots(system, baseline, test_set=None, recognizer=None, notes=None) -> list[Pilot]:
+def load_pilots(
+    system: str | Path,
+    baseline: str | Path,
+    test_set: str | None = None,
+    recognizer: str | None = None,
+    notes: list[str] | None = None,
+) -> list[Pilot]:
     """Read a pilot's scores, in every metric that both systems have.
 
     Arguments

@@ -2,10 +2,23 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pi_finetune.errors import UserError
+
+__all__ = [
+    "UNTRAINED",
+    "Run",
+    "common_utterances",
+    "find_runs",
+    "load_runs",
+    "rank",
+    "read_json_lines",
+    "reference_words",
+]
+
 
 #: Systems that are not trained here: one "seed", first in every table.
 UNTRAINED = ("noisy", "pretrained", "clean")
@@ -29,12 +42,12 @@ class Run:
     fingerprint: str | None = None
 
     @property
-    def name(self):
+    def name(self) -> str:
         """``STRATEGY/SEED``."""
         return f"{self.strategy}/{self.seed}"
 
 
-def read_json_lines(path, notes=None):
+def read_json_lines(path: str | Path, notes: list[str] | None = None) -> list[dict]:
     """Read a JSON-lines file.
 
     A broken last line, left by a run that was cut off or is still writing, is left out and said in
@@ -77,7 +90,7 @@ def read_json_lines(path, notes=None):
     return records
 
 
-def find_runs(paths):
+def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     """Find run folders: the paths themselves or what lies under them.
 
     A run folder is called ``.../STRATEGY/SEED`` and holds ``scores/`` or the ``valid.jsonl`` of an
@@ -98,7 +111,7 @@ def find_runs(paths):
         A path does not exist, there is no run under any of them, or a folder with scores is not
         called by a seed.
     """
-    found = {}
+    found: dict = {}
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such folder. Give run folders or a folder above them.")
@@ -132,7 +145,9 @@ def _walk(path):
             yield from _walk(child)
 
 
-def load_runs(paths, test_set=None, notes=None):
+def load_runs(
+    paths: Sequence[str | Path], test_set: str | None = None, notes: list[str] | None = None
+) -> tuple[list[Run], str]:
     """Read runs, in the order of tables: untrained systems, then strategies, by seed.
 
     Arguments
@@ -164,7 +179,7 @@ def load_runs(paths, test_set=None, notes=None):
             f"No run has scores of the set {test_set!r}; "
             + (f"there is {', '.join(sets)}: choose with --set." if sets else "evaluate first.")
         )
-    runs = {}
+    runs: dict = {}
     for folder in folders:
         full = folder.resolve()
         run = Run(full.parent.name, int(full.name), folder)
@@ -181,7 +196,7 @@ def load_runs(paths, test_set=None, notes=None):
     return sorted(runs.values(), key=lambda run: (rank(run.strategy), run.seed)), test_set
 
 
-def rank(strategy):
+def rank(strategy: str) -> tuple:
     """Sort key of a system: untrained ones, the strategies of ``ORDER``, the others by name."""
     if strategy in UNTRAINED:
         return 0, UNTRAINED.index(strategy), strategy
@@ -206,7 +221,9 @@ def _read_scores(run, test_set, notes):
             notes.append(f"{settings}: unreadable, so the mixtures' fingerprint was not compared")
 
 
-def common_utterances(runs, intersect=False, notes=None):
+def common_utterances(
+    runs: list[Run], intersect: bool = False, notes: list[str] | None = None
+) -> list[str]:
     """The utterances that every run has scores of, after checking that they are the same mixtures.
 
     Arguments
@@ -290,7 +307,7 @@ def _same(a, b):
     return a == b
 
 
-def reference_words(entry):
+def reference_words(entry: dict | None) -> int | None:
     """Words of the reference of a recogniser's entry in a score line; None without entry."""
     if not entry:
         return None

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,11 +19,17 @@ from pi_finetune.results.declarations import (
 )
 from pi_finetune.results.runs import reference_words
 
+if TYPE_CHECKING:
+    from pi_finetune.results.runs import Run
+
+__all__ = ["MetricScores", "metric_scores", "metrics_of", "recording", "resampling_units"]
+
+
 #: Under this many, speakers are not resampled.
 FEW_SPEAKERS = 10
 
 
-def metrics_of(runs, recognizer=None):
+def metrics_of(runs: "list[Run]", recognizer: str | None = None) -> list[Metric]:
     """The metrics that the runs can be compared by: those of the main recogniser, the signal
     metrics and what else the lines hold, those of further recognisers.
 
@@ -47,7 +54,9 @@ def metrics_of(runs, recognizer=None):
     UserError
         No score is by that recogniser.
     """
-    units, held, there = {}, {}, set()
+    units: dict = {}
+    held: dict = {}
+    there: set = set()
     for run in runs:
         for line in run.scores.values():
             there |= line.keys()
@@ -77,7 +86,7 @@ def _recognition(name, unit, fields):
     return [replace(metric, recognizer=name) for metric in found]
 
 
-def recording(line):
+def recording(line: dict) -> str:
     """The recording of a score line, of which there may be mixtures at several SNRs.
 
     Lines of older evaluations do not say it; there, ids of mixtures end in ``@5dB``.
@@ -85,7 +94,9 @@ def recording(line):
     return line.get("recording") or re.sub(r"@(-?[\d.]+|-?inf)dB$", "", line["id"])
 
 
-def resampling_units(runs, ids, notes=None):
+def resampling_units(
+    runs: "list[Run]", ids: list[str], notes: list[str] | None = None
+) -> tuple[dict, str]:
     """What a bootstrap draws: speakers if there are enough, else recordings.
 
     Utterances of one speaker are alike in how hard they are, so that an interval which is to hold
@@ -145,15 +156,15 @@ class MetricScores:
     units: np.ndarray
     asked: bool = True
 
-    def seeds(self, strategy):
+    def seeds(self, strategy: str) -> list[int]:
         """Seeds of a strategy that have this metric."""
         return [seed for name, seed in self.values if name == strategy]
 
-    def stacked(self, strategy, only=slice(None)):
+    def stacked(self, strategy: str, only: Any = slice(None)) -> np.ndarray:
         """Numerators [S, U] of a strategy, of the utterances that ``only`` picks."""
         return np.stack([self.values[strategy, seed][only] for seed in self.seeds(strategy)])
 
-    def mean(self, strategy, seed=None, only=slice(None)):
+    def mean(self, strategy: str, seed: int | None = None, only: Any = slice(None)) -> float | None:
         """Score of a run, or the mean over a strategy's seeds; None without weight."""
         weight = self.weights[only].sum()
         seeds = self.seeds(strategy) if seed is None else [seed]
@@ -161,7 +172,9 @@ class MetricScores:
             return None
         return float(np.mean([self.values[strategy, s][only].sum() for s in seeds]) / weight)
 
-    def resampling_units(self, strategy, only=slice(None)):
+    def resampling_units(
+        self, strategy: str, only: Any = slice(None)
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Numerators [S, U'] and weights [U'] per unit: what a bootstrap may resample."""
         _, unit = np.unique(self.units[only], return_inverse=True)
         sums = [
@@ -170,7 +183,13 @@ class MetricScores:
         return np.stack(sums[:-1]), sums[-1]
 
 
-def metric_scores(runs, ids, metric, notes=None, units=None):
+def metric_scores(
+    runs: "list[Run]",
+    ids: list[str],
+    metric: Metric,
+    notes: list[str] | None = None,
+    units: dict | None = None,
+) -> MetricScores:
     """Collect one metric over the utterances that all runs have it for.
 
     A score that is null in one run is left out of every run, so that all means are over the same

@@ -5,6 +5,10 @@ of the utterances, and what recognisers heard in the enhanced speech, ``{name: t
 ``[float or None]``. None: one side is silent, not finite, or too short for the model.
 """
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 
@@ -13,8 +17,25 @@ from pi_finetune.lengths import Waveforms
 from pi_finetune.phonemes import phonemes
 from pi_finetune.results.metrics import SILENCE, token_errors
 
+if TYPE_CHECKING:
+    from pi_finetune.teacher import Teacher
 
-def load_measures(names, teacher=None, recognizers=(), speaker_source=None, trust=False):
+__all__ = [
+    "PhonemeSimilarity",
+    "SpeakerSimilarity",
+    "SpeechBERTScore",
+    "bert_score",
+    "load_measures",
+]
+
+
+def load_measures(
+    names: Sequence[str],
+    teacher: Callable | None = None,
+    recognizers: Sequence = (),
+    speaker_source: str | None = None,
+    trust: bool = False,
+) -> dict:
     """Make the measures that are asked for.
 
     Arguments
@@ -41,7 +62,7 @@ def load_measures(names, teacher=None, recognizers=(), speaker_source=None, trus
     UserError
         A model is not given or cannot be loaded.
     """
-    measures = {}
+    measures: dict = {}
     if "speech_bert_score" in names:
         if teacher is None:
             raise UserError("metrics: speech_bert_score needs a teacher; set teacher_source.")
@@ -53,7 +74,7 @@ def load_measures(names, teacher=None, recognizers=(), speaker_source=None, trus
         recognizer = next(of_phonemes, recognizers[0])
         measures["phoneme_similarity"] = PhonemeSimilarity(recognizer)
     if "speaker_similarity" in names:
-        measures["speaker_similarity"] = SpeakerSimilarity(speaker_source, trust)
+        measures["speaker_similarity"] = SpeakerSimilarity(speaker_source or "", trust)
     return measures
 
 
@@ -69,12 +90,14 @@ class SpeechBERTScore:
         Its layer is that of the score. (The authors use layer 14 of WavLM Large.)
     """
 
-    def __init__(self, teacher):
+    def __init__(self, teacher: "Teacher"):
         self.teacher = teacher
         self.source = f"{teacher.source}, {teacher.layers}"
 
     @torch.no_grad()
-    def __call__(self, clean, enhanced, ids, heard):
+    def __call__(
+        self, clean: Any, enhanced: Any, ids: Sequence[str], heard: dict
+    ) -> list[float | None]:
         """See the module."""
         longest = self.teacher.max_length or float("inf")
         pairs = {
@@ -82,7 +105,7 @@ class SpeechBERTScore:
             for i, pair in _audible(clean, enhanced).items()
             if self.teacher.receptive_field <= len(pair[0]) <= longest
         }
-        scores = [None] * len(ids)
+        scores: list[float | None] = [None] * len(ids)
         if not pairs:
             return scores
         self.teacher.to(clean.data.device)
@@ -93,7 +116,7 @@ class SpeechBERTScore:
         return scores
 
 
-def bert_score(reference, estimate):
+def bert_score(reference: torch.Tensor, estimate: torch.Tensor) -> float:
     """Mean over the frames of ``estimate`` [F, D] of the largest cosine with one of ``reference``.
 
     Arguments
@@ -122,12 +145,14 @@ class PhonemeSimilarity:
         Of :mod:`pi_finetune.recognizers`.
     """
 
-    def __init__(self, recognizer):
+    def __init__(self, recognizer: Any):
         self.recognizer = recognizer
         self.source = recognizer.name
-        self._clean = {}  # of clean speech, which is the same for every system
+        self._clean: dict = {}  # of clean speech, which is the same for every system
 
-    def __call__(self, clean, enhanced, ids, heard):
+    def __call__(
+        self, clean: Any, enhanced: Any, ids: Sequence[str], heard: dict
+    ) -> list[float | None]:
         """See the module."""
         pairs = _audible(clean, enhanced)
         new = [i for i in pairs if ids[i] not in self._clean]
@@ -135,7 +160,7 @@ class PhonemeSimilarity:
             texts = self.recognizer(clean.data[new], clean.lengths[new])
             self._clean |= {ids[i]: self._phonemes(text) for i, text in zip(new, texts)}
         texts = heard.get(self.recognizer.name) or self.recognizer(enhanced.data, enhanced.lengths)
-        scores = [None] * len(ids)
+        scores: list[float | None] = [None] * len(ids)
         for i in pairs:
             reference = self._clean[ids[i]]
             if reference:
@@ -163,7 +188,7 @@ class SpeakerSimilarity:
     #: The fewest samples that are given to it: 0.1 s.
     LEAST = 1600
 
-    def __init__(self, source, trust=False):
+    def __init__(self, source: str | Path, trust: bool = False):
         from speechbrain.inference.classifiers import EncoderClassifier
         from speechbrain.utils.fetching import LocalStrategy
 
@@ -193,13 +218,15 @@ class SpeakerSimilarity:
         self.source = str(source)
 
     @torch.no_grad()
-    def __call__(self, clean, enhanced, ids, heard):
+    def __call__(
+        self, clean: Any, enhanced: Any, ids: Sequence[str], heard: dict
+    ) -> list[float | None]:
         """See the module."""
         device = clean.data.device
         if str(self.model.device) != str(device):
             self.model.device = str(device)
             self.model.to(device)
-        scores = [None] * len(ids)
+        scores: list[float | None] = [None] * len(ids)
         for i, pair in _audible(clean, enhanced).items():
             if len(pair[0]) >= self.LEAST:  # one by one: its statistics know no exact lengths
                 one, other = (self.model.encode_batch(wav[None].float()).flatten() for wav in pair)

@@ -23,12 +23,29 @@ dominates: resample 60, 76, 85 % and student 96, 96, 96 % for S = 2, 3, 5; where
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import integrate, stats
 
 from pi_finetune.files import json_number
+
+__all__ = [
+    "Bootstrap",
+    "Difference",
+    "Interval",
+    "area_under_curve",
+    "bootstrap_ratio",
+    "holm",
+    "percentile_bootstrap",
+    "ratio_fields",
+    "seed_interval",
+    "updates_to_reach",
+]
+
 
 #: Floats held at once while resampling.
 _BATCH_ELEMENTS = 4_000_000
@@ -91,7 +108,7 @@ class Bootstrap:
         if self.seeds not in ("student", "resample"):
             raise ValueError(f"seeds must be student or resample, got {self.seeds!r}")
 
-    def level(self, values, weights):
+    def level(self, values: np.ndarray, weights: np.ndarray) -> Interval:
         """Interval of one system's score.
 
         Arguments
@@ -117,8 +134,14 @@ class Bootstrap:
         return Interval(estimate, *self._bounds(self._draw([(1, values)], weights)))
 
     def difference(
-        self, values, baseline, weights, higher_is_better, paired_seeds=None, margin=None
-    ):
+        self,
+        values: np.ndarray,
+        baseline: np.ndarray,
+        weights: np.ndarray,
+        higher_is_better: bool,
+        paired_seeds: bool | None = None,
+        margin: float | None = None,
+    ) -> Difference:
         """Interval and test of a system's score minus a baseline's.
 
         Arguments
@@ -258,7 +281,7 @@ def _check(values, weights):
     return values, weights
 
 
-def holm(p_values):
+def holm(p_values: ArrayLike) -> np.ndarray:
     """Adjust p-values for multiple comparisons: Holm, Scand. J. Stat. 6, 1979.
 
     The k-th smallest of m is multiplied by m - k + 1, and none is smaller than the one before it
@@ -291,7 +314,7 @@ def holm(p_values):
     return adjusted
 
 
-def seed_interval(values, confidence=0.95):
+def seed_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     """Mean over seeds with Student's t interval; no bounds (NaN) for one seed.
 
     Arguments
@@ -315,7 +338,9 @@ def seed_interval(values, confidence=0.95):
     return Interval(mean, float(mean - half), float(mean + half))
 
 
-def updates_to_reach(updates, scores, target, higher_is_better):
+def updates_to_reach(
+    updates: ArrayLike, scores: ArrayLike, target: float, higher_is_better: bool
+) -> float:
     """The first update at which a dev score is as good as a target; infinity if none is.
 
     There is no interpolation: the answer is as fine as the validations are.
@@ -343,7 +368,7 @@ def updates_to_reach(updates, scores, target, higher_is_better):
     return float(updates[reached.argmax()]) if reached.any() else float("inf")
 
 
-def area_under_curve(updates, scores, start, stop):
+def area_under_curve(updates: ArrayLike, scores: ArrayLike, start: float, stop: float) -> float:
     """Mean height of a dev curve from update ``start`` to ``stop`` (trapezoids).
 
     Arguments
@@ -371,7 +396,9 @@ def area_under_curve(updates, scores, start, stop):
     return float(integrate.trapezoid(np.interp(points, updates, scores), points) / (stop - start))
 
 
-def percentile_bootstrap(data, statistic, seed, confidence, replicates, **how):
+def percentile_bootstrap(
+    data: tuple, statistic: Callable, seed: int, confidence: float, replicates: int, **how: Any
+) -> Any:
     """The percentile interval of ``scipy.stats.bootstrap``, drawn with ``seed``; ``low, high``."""
     return stats.bootstrap(
         data,
@@ -384,7 +411,13 @@ def percentile_bootstrap(data, statistic, seed, confidence, replicates, **how):
     ).confidence_interval
 
 
-def bootstrap_ratio(numerators, denominators, seed=0, confidence=0.95, replicates=9999):
+def bootstrap_ratio(
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    seed: int = 0,
+    confidence: float = 0.95,
+    replicates: int = 9999,
+) -> Interval:
     """Ratio of means with a percentile bootstrap interval; rows are resampled together.
 
     Arguments
@@ -419,7 +452,7 @@ def bootstrap_ratio(numerators, denominators, seed=0, confidence=0.95, replicate
     return Interval(estimate, float(drawn.low), float(drawn.high))
 
 
-def ratio_fields(name, found):
+def ratio_fields(name: str, found: Interval) -> dict[str, float | None]:
     """A found interval as the fields of a JSON line: ``{name: estimate, low, high}``."""
     values = {name: found.estimate, "low": found.low, "high": found.high}
     return {key: json_number(value) for key, value in values.items()}

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -401,7 +402,7 @@ def soft_dtw_pairwise(
     y_lengths: torch.Tensor | None = None,
     *,
     divergence: bool = False,
-    **options,
+    **options: Any,
 ) -> torch.Tensor:
     """Soft-DTW, or its divergence, of every x[a] with every y[b]; differentiable.
 
@@ -537,18 +538,24 @@ class SoftDTW(torch.nn.Module):
         _choice(cost, "cost", _COSTS)
         _choice(reduction, "reduction", _REDUCTIONS)
         self.reduction = reduction
-        self.options = {
+        self.options: dict[str, Any] = {
             "gamma": gamma, "bandwidth": bandwidth, "cost": cost, "divergence": divergence,
             "backend": backend, "check_finite": check_finite, "itakura": itakura,
             "step_penalty": step_penalty, "open_begin": open_begin, "open_end": open_end,
             "checkpointed": checkpointed,
         }  # fmt: skip
 
-    def forward(self, x, y, x_lengths=None, y_lengths=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        x_lengths: torch.Tensor | None = None,
+        y_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         loss = soft_dtw(x, y, x_lengths, y_lengths, **self.options)
         return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(
             f"{k}={v!r}" for k, v in {**self.options, "reduction": self.reduction}.items()
         )

@@ -13,12 +13,16 @@ the sizes of what they save; `reference` documents them.
 import functools
 import importlib
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cost import matrix
 from .recursion import Recursion
+
+__all__ = ["BACKENDS", "alignment", "resolve", "soft_dtw", "soft_dtw_from_cost"]
+
 
 BACKENDS = ("reference", "cpu", "triton")
 FASTEST = {"cpu": "cpu", "cuda": "triton"}
@@ -59,7 +63,7 @@ def _warn_of_fallback(name, reason):
     )
 
 
-def resolve(backend, device, checkpointed=False):
+def resolve(backend: str, device: torch.device, checkpointed: bool = False) -> Any:
     """The backend module to run on `device`; "auto" takes the fastest that works there.
 
     Called inside the operators, never while a graph is traced.
@@ -360,7 +364,8 @@ def _function(name, forward, backward, differentiate, keep):
     )
 
     def differentiable(*inputs):
-        return (once.apply if torch.is_grad_enabled() else backward)(*inputs)
+        apply = once.apply  # type: ignore[attr-defined]
+        return (apply if torch.is_grad_enabled() else backward)(*inputs)
 
     def run(ctx, *inputs):
         output = forward(*inputs)
@@ -381,8 +386,17 @@ _SoftDTWFromCost = _function(
 
 
 def soft_dtw(
-    x, y, x_lengths, y_lengths, backend, cost, divergence, checkpointed, recursion, check_finite
-):
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_lengths: torch.Tensor,
+    y_lengths: torch.Tensor,
+    backend: str,
+    cost: str,
+    divergence: bool,
+    checkpointed: bool,
+    recursion: Recursion,
+    check_finite: bool,
+) -> torch.Tensor:
     """Loss [B] of features, differentiable once."""
     grad = torch.is_grad_enabled()
     x_grad, y_grad = grad and x.requires_grad, grad and y.requires_grad
@@ -393,14 +407,30 @@ def soft_dtw(
     )[0]  # fmt: skip
 
 
-def soft_dtw_from_cost(cost, x_lengths, y_lengths, backend, recursion, check_finite):
+def soft_dtw_from_cost(
+    cost: torch.Tensor,
+    x_lengths: torch.Tensor,
+    y_lengths: torch.Tensor,
+    backend: str,
+    recursion: Recursion,
+    check_finite: bool,
+) -> torch.Tensor:
     """Loss [B] of cost matrices, differentiable once."""
     grad = torch.is_grad_enabled() and cost.requires_grad
     run = (_SoftDTWFromCost.apply if grad else _forward_cost) if _eager(cost) else from_cost_op
     return run(cost, x_lengths, y_lengths, backend, *recursion, check_finite, grad)[0]
 
 
-def alignment(x, y, x_lengths, y_lengths, backend, cost, recursion, check_finite):
+def alignment(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_lengths: torch.Tensor,
+    y_lengths: torch.Tensor,
+    backend: str,
+    cost: str,
+    recursion: Recursion,
+    check_finite: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses [B] and expected alignment [B, N, M], the gradient of the losses for their costs."""
     with torch.no_grad(), _exact(x.device):
         if check_finite:  # on the features, so that the message names them

@@ -7,13 +7,15 @@ distance and, as gradients are taken of the same centred expression, no gradient
 
 import torch
 
+__all__ = ["centre", "matrix", "unit", "unit_backward", "zero_padding"]
 
-def centre(x, y, n, m):
+
+def centre(x: torch.Tensor, y: torch.Tensor, n: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     """Mean [B, 1, D] over the valid frames of x[b] and y[b] together; padding must be 0."""
     return ((x.sum(1) + y.sum(1)) / (n + m)[:, None].to(x.dtype))[:, None]
 
 
-def zero_padding(z, lengths):
+def zero_padding(z: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """z [B, L, D] with 0 beyond its lengths [B], whatever was there, NaN included."""
     padding = torch.arange(z.shape[1], device=z.device) >= lengths[:, None]
     return z.masked_fill(padding[..., None], 0.0)
@@ -25,19 +27,21 @@ def inverse_norm(z):
     return torch.where(norm > 0, 1 / norm, 0.0)
 
 
-def unit(z):
+def unit(z: torch.Tensor) -> torch.Tensor:
     """Frames scaled to length 1, zeros left as they are."""
     return z * inverse_norm(z)
 
 
-def unit_backward(grad, z):
+def unit_backward(grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """Gradient for z, given that for unit(z): its part along z is lost."""
     scale = inverse_norm(z)
     u = z * scale
     return scale * (grad - u * (grad * u).sum(-1, keepdim=True))
 
 
-def matrix(x, y, n, m, cost):
+def matrix(
+    x: torch.Tensor, y: torch.Tensor, n: torch.Tensor, m: torch.Tensor, cost: str
+) -> torch.Tensor:
     """Cost [B, N, M] of padded x [B, N, D] and y [B, M, D]; padding costs something finite."""
     x, y = zero_padding(x, n), zero_padding(y, m)
     if cost == "l1":

@@ -24,7 +24,7 @@ import functools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -34,6 +34,19 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from .cost import unit, unit_backward
+from .recursion import Recursion
+
+__all__ = [
+    "CHECKPOINTS",
+    "STATE_DTYPE",
+    "cost_backward",
+    "cost_forward",
+    "cost_saved_sizes",
+    "features_backward",
+    "features_forward",
+    "saved_sizes",
+]
+
 
 STATE_DTYPE = torch.float64
 
@@ -51,7 +64,7 @@ NEGLIGIBLE = 2.0**-48
 
 def _jit(function, fastmath=("contract",)):
     """Compile without the GIL; keep the machine code on disk where some place is writable."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
+    options: Any = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
@@ -101,7 +114,7 @@ def _(x):
         p = np.float32(0.0555033247) + f * p
         p = np.float32(0.240226479) + f * p
         p = np.float32(0.693147203) + f * p
-        return _times_power(np.float32(1.0) + f * p, shifted)
+        return _times_power(np.float32(1.0) + f * p, shifted)  # type: ignore[call-arg]
 
     return fast
 
@@ -409,7 +422,8 @@ def _band(start, rows, n, m, bandwidth, itakura):
     return lo, hi
 
 
-_pool = threads_of_pool = None
+_pool: Any = None
+threads_of_pool = None
 
 
 def _for_each(items, function):
@@ -427,7 +441,8 @@ def _for_each(items, function):
     if threads_of_pool != (os.getpid(), threads):  # a forked process has none of the threads
         _pool = ThreadPoolExecutor(threads, "soft_dtw")
         threads_of_pool = os.getpid(), threads
-    results, waiting = [None] * items, iter(range(items))  # next() is atomic
+    pool, results = _pool, [None] * items
+    waiting = iter(range(items))  # next() is atomic
 
     def work():
         torch.set_num_threads(max(1, threads // items))
@@ -435,7 +450,7 @@ def _for_each(items, function):
             for b in waiting:
                 results[b] = function(b)
 
-    helpers = [_pool.submit(work) for _ in range(min(threads, items) - 1)]
+    helpers = [pool.submit(work) for _ in range(min(threads, items) - 1)]
     try:
         work()
     finally:
@@ -512,7 +527,8 @@ class _Problem:
 # From a cost matrix
 
 
-def cost_saved_sizes(B, N, M, grad):
+def cost_saved_sizes(B: int, N: int, M: int, grad: bool) -> int:
+    """As of the reference."""
     return B * _state_size(N, M) if grad else 0
 
 
@@ -526,8 +542,12 @@ def _cost_problem(b, d, n, m, state, recursion):
     )  # fmt: skip
 
 
-def cost_forward(d, n, m, recursion, grad):
-    state = torch.empty(cost_saved_sizes(*d.shape, grad), dtype=STATE_DTYPE)
+def cost_forward(
+    d: torch.Tensor, n: torch.Tensor, m: torch.Tensor, recursion: Recursion, grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As of the reference."""
+    B, N, M = d.shape
+    state = torch.empty(cost_saved_sizes(B, N, M, grad), dtype=STATE_DTYPE)
     arguments = d.numpy(), n.tolist(), m.tolist(), state.numpy(), recursion
 
     def run(b):
@@ -537,7 +557,15 @@ def cost_forward(d, n, m, recursion, grad):
     return torch.tensor(_for_each(len(d), run), dtype=d.dtype), state
 
 
-def cost_backward(grad, d, n, m, state, recursion):
+def cost_backward(
+    grad: torch.Tensor,
+    d: torch.Tensor,
+    n: torch.Tensor,
+    m: torch.Tensor,
+    state: torch.Tensor,
+    recursion: Recursion,
+) -> torch.Tensor:
+    """As of the reference."""
     _, N, M = d.shape
     arguments = d.numpy(), n.tolist(), m.tolist(), state.numpy(), recursion
     e = np.zeros(d.numel(), d.numpy().dtype)
@@ -659,7 +687,10 @@ def _layout(B, N, M, divergence, checkpointed, x_grad, y_grad):
     return layout, (at, state_at)
 
 
-def saved_sizes(B, N, M, divergence, checkpointed, x_grad, y_grad):
+def saved_sizes(
+    B: int, N: int, M: int, divergence: bool, checkpointed: bool, x_grad: bool, y_grad: bool
+) -> tuple[int, int]:
+    """As of the reference."""
     return _layout(B, N, M, divergence, checkpointed, x_grad, y_grad)[1]
 
 
@@ -671,7 +702,7 @@ class _Pair:
         self.n, self.m, self.cost, self.kept = len(self.u), len(self.v), cost, not checkpointed
         self.common = a, c, recursion
         state_at = kind.state_at + b * kind.state_size
-        self.state = state[state_at : state_at + kind.state_size] if kind.saved else None
+        self.state: Any = state[state_at : state_at + kind.state_size] if kind.saved else None
         # A state is laid out for the item's own lengths, which need no more than the padded ones.
         self.rows = _chunk(padded[kind.row]) if checkpointed else self.n
         if kind.size:
@@ -733,7 +764,19 @@ class _Pair:
                     yield at, e[s, first:last, : min(LANES, self.n - at)], first
 
 
-def features_forward(x, y, n, m, recursion, cost, divergence, checkpointed, x_grad, y_grad):
+def features_forward(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    n: torch.Tensor,
+    m: torch.Tensor,
+    recursion: Recursion,
+    cost: str,
+    divergence: bool,
+    checkpointed: bool,
+    x_grad: bool,
+    y_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As of the reference."""
     padded = x.shape[1], y.shape[1]
     layout, sizes = _layout(len(x), *padded, divergence, checkpointed, x_grad, y_grad)
     products, state = x.new_empty(sizes[0]), torch.empty(sizes[1], dtype=STATE_DTYPE)
@@ -752,8 +795,21 @@ def features_forward(x, y, n, m, recursion, cost, divergence, checkpointed, x_gr
 
 
 def features_backward(
-    grad, x, y, n, m, products, state, recursion, cost, divergence, checkpointed, x_grad, y_grad
-):
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    n: torch.Tensor,
+    m: torch.Tensor,
+    products: torch.Tensor,
+    state: torch.Tensor,
+    recursion: Recursion,
+    cost: str,
+    divergence: bool,
+    checkpointed: bool,
+    x_grad: bool,
+    y_grad: bool,
+) -> tuple[torch.Tensor, ...]:
+    """As of the reference."""
     padded = x.shape[1], y.shape[1]
     layout, _ = _layout(len(x), *padded, divergence, checkpointed, x_grad, y_grad)
     grads = [
@@ -765,7 +821,7 @@ def features_backward(
 
     def run(b):
         valid = [z[b, : length[b]] for z, length in zip((x, y), lengths)]
-        sides = _prepare(*valid, cost)
+        sides = _prepare(*valid, cost)  # type: ignore[call-arg]
         outs = [out[b] if len(out) else None for out in grads]
         pairs = [
             (kind, _Pair(b, kind, sides, padded, products, state, cost, recursion, checkpointed))

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+__all__ = ["Recursion"]
+
 
 class Recursion(NamedTuple):
     """Which paths count, and what they cost beside their cells.

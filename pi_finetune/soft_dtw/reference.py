@@ -8,12 +8,31 @@ import torch
 import torch.nn.functional as F
 
 from .cost import unit, unit_backward, zero_padding
+from .recursion import Recursion
+
+__all__ = [
+    "CHECKPOINTS",
+    "STATE_DTYPE",
+    "backward",
+    "band_mask",
+    "cost_backward",
+    "cost_forward",
+    "cost_saved_sizes",
+    "features_backward",
+    "features_forward",
+    "forward",
+    "saved_sizes",
+    "softmin",
+]
+
 
 STATE_DTYPE = None  # the inputs'
 CHECKPOINTS = False
 
 
-def band_mask(n, m, recursion, N, M):
+def band_mask(
+    n: torch.Tensor, m: torch.Tensor, recursion: Recursion, N: int, M: int
+) -> torch.Tensor:
     """Valid cells [B, N, M] of matrices padded to N x M: inside the lengths and the band.
 
     Bands follow the straight line from corner to corner, so they keep its slope when n != m. In
@@ -83,7 +102,7 @@ def unskew(s, M):
     return F.pad(s.permute(1, 2, 0).flatten(1), (0, N)).view(B, N, T + 1)[..., :M].contiguous()
 
 
-def softmin(a, gamma, dim):
+def softmin(a: torch.Tensor, gamma: float, dim: int) -> torch.Tensor:
     """-gamma log sum exp(-a / gamma) over one axis; the minimum where gamma is 0."""
     return -gamma * torch.logsumexp(-a / gamma, dim) if gamma else a.amin(dim)
 
@@ -103,7 +122,9 @@ def softmin_weights(a, gamma):
     return first
 
 
-def forward(cost, n, m, recursion):
+def forward(
+    cost: torch.Tensor, n: torch.Tensor, m: torch.Tensor, recursion: Recursion
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss [B] and R [B, N, M] of cost matrices [B, N, M].
 
     r[i, j] = d[i, j] + softmin(r[i-1, j-1] + diagonal, r[i-1, j] + down, r[i, j-1] + right)
@@ -129,7 +150,9 @@ def forward(cost, n, m, recursion):
     return ends.gather(1, m.long()[:, None] - 1)[:, 0], r
 
 
-def backward(r, n, m, recursion):
+def backward(
+    r: torch.Tensor, n: torch.Tensor, m: torch.Tensor, recursion: Recursion
+) -> torch.Tensor:
     """Expected alignment E [B, N, M]: the gradient of each loss for its own cost matrix.
 
     A cell hands its E to its three predecessors in proportion to softmin's weights, the softmax
@@ -167,14 +190,27 @@ def _problems(x, y, n, m, divergence):
     return problems
 
 
-def saved_sizes(B, N, M, divergence, checkpointed, x_grad, y_grad):
+def saved_sizes(
+    B: int, N: int, M: int, divergence: bool, checkpointed: bool, x_grad: bool, y_grad: bool
+) -> tuple[int, int]:
     """Elements of the two buffers that `features_forward` saves."""
     if not (x_grad or y_grad):
         return 0, 0
     return B * (N * M + (N * N + M * M if divergence else 0)), 0
 
 
-def features_forward(x, y, n, m, recursion, cost, divergence, checkpointed, x_grad, y_grad):
+def features_forward(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    n: torch.Tensor,
+    m: torch.Tensor,
+    recursion: Recursion,
+    cost: str,
+    divergence: bool,
+    checkpointed: bool,
+    x_grad: bool,
+    y_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss [B] of features x [B, N, D] and y [B, M, D], and what the backward pass needs."""
     x, y = zero_padding(x, n), zero_padding(y, m)
     loss, saved = x.new_zeros(len(x)), []
@@ -187,8 +223,20 @@ def features_forward(x, y, n, m, recursion, cost, divergence, checkpointed, x_gr
 
 
 def features_backward(
-    grad, x, y, n, m, saved, _, recursion, cost, divergence, checkpointed, x_grad, y_grad
-):
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    n: torch.Tensor,
+    m: torch.Tensor,
+    saved: torch.Tensor,
+    _: torch.Tensor,
+    recursion: Recursion,
+    cost: str,
+    divergence: bool,
+    checkpointed: bool,
+    x_grad: bool,
+    y_grad: bool,
+) -> tuple[torch.Tensor, ...]:
     """Gradients of sum(grad * loss) for x and y (an empty tensor where not asked for)."""
     x, y = zero_padding(x, n), zero_padding(y, m)
     gx, gy, start = torch.zeros_like(x), torch.zeros_like(y), 0
@@ -203,17 +251,26 @@ def features_backward(
     return gx if x_grad else x.new_empty(0), gy if y_grad else y.new_empty(0)
 
 
-def cost_saved_sizes(B, N, M, grad):
+def cost_saved_sizes(B: int, N: int, M: int, grad: bool) -> int:
     """As `saved_sizes`, for `cost_forward`."""
     return B * N * M if grad else 0
 
 
-def cost_forward(d, n, m, recursion, grad):
+def cost_forward(
+    d: torch.Tensor, n: torch.Tensor, m: torch.Tensor, recursion: Recursion, grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss [B] of cost matrices d [B, N, M], and what the backward pass needs."""
     loss, r = forward(d, n, m, recursion)
     return loss, r.flatten() if grad else d.new_empty(0)
 
 
-def cost_backward(grad, d, n, m, saved, recursion):
+def cost_backward(
+    grad: torch.Tensor,
+    d: torch.Tensor,
+    n: torch.Tensor,
+    m: torch.Tensor,
+    saved: torch.Tensor,
+    recursion: Recursion,
+) -> torch.Tensor:
     """Gradient of sum(grad * loss) for d; with grad = 1, the expected alignment."""
     return backward(saved.view(d.shape), n, m, recursion) * grad[:, None, None]

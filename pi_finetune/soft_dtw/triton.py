@@ -33,6 +33,22 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .cost import centre, unit, unit_backward, zero_padding
+from .recursion import Recursion
+
+__all__ = [
+    "CHECKPOINTS",
+    "INTERPRETED",
+    "MAX_BLOCK",
+    "STATE_DTYPE",
+    "TILE_STEPS",
+    "cost_backward",
+    "cost_forward",
+    "cost_saved_sizes",
+    "features_backward",
+    "features_forward",
+    "saved_sizes",
+]
+
 
 INTERPRETED = triton.knobs.runtime.interpret
 STATE_DTYPE = None  # the inputs'
@@ -427,11 +443,15 @@ def _unit(recursion):
 # then the ends of open paths.
 
 
-def cost_saved_sizes(B, N, M, grad):
+def cost_saved_sizes(B: int, N: int, M: int, grad: bool) -> int:
+    """As of the reference."""
     return B * (2 * N * M + max(N, M)) if grad else 0
 
 
-def cost_forward(d, n, m, recursion, grad):
+def cost_forward(
+    d: torch.Tensor, n: torch.Tensor, m: torch.Tensor, recursion: Recursion, grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As of the reference."""
     B, N, M = d.shape
     unit, size = _unit(recursion), d.numel()
     state = d.new_empty(cost_saved_sizes(B, N, M, grad) or 2 * size)
@@ -445,9 +465,17 @@ def cost_forward(d, n, m, recursion, grad):
     return loss, state
 
 
-def cost_backward(grad, d, n, m, state, recursion):
+def cost_backward(
+    grad: torch.Tensor,
+    d: torch.Tensor,
+    n: torch.Tensor,
+    m: torch.Tensor,
+    state: torch.Tensor,
+    recursion: Recursion,
+) -> torch.Tensor:
+    """As of the reference."""
     size = d.numel()
-    launch = _Launch(n, m, *d.shape, [0], recursion)
+    launch = _Launch(n, m, *d.shape, [0], recursion)  # type: ignore[call-arg]
     e = launch.backward(state[:size], state[size : 2 * size], state[2 * size :])
     return e.view(d.shape).mul_(grad[:, None, None])
 
@@ -460,7 +488,10 @@ def _matrices(B, N, M, divergence):
     return B * (N * M + (N * N + M * M if divergence else 0))
 
 
-def saved_sizes(B, N, M, divergence, checkpointed, x_grad, y_grad):
+def saved_sizes(
+    B: int, N: int, M: int, divergence: bool, checkpointed: bool, x_grad: bool, y_grad: bool
+) -> tuple[int, int]:
+    """As of the reference."""
     if not (x_grad or y_grad):
         return 0, 0
     size = _matrices(B, N, M, divergence)
@@ -486,7 +517,19 @@ def _prepare(x, y, n, m, cost):
     return (unit(x), unit(y)) if cost == "cosine" else (x, y)
 
 
-def features_forward(x, y, n, m, recursion, cost, divergence, checkpointed, x_grad, y_grad):
+def features_forward(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    n: torch.Tensor,
+    m: torch.Tensor,
+    recursion: Recursion,
+    cost: str,
+    divergence: bool,
+    checkpointed: bool,
+    x_grad: bool,
+    y_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As of the reference."""
     B, N, M = len(x), x.shape[1], y.shape[1]
     kinds, save, unit = [0, 1, 2] if divergence else [0], x_grad or y_grad, _unit(recursion)
     scale, size = 1 / unit, _matrices(B, N, M, divergence)
@@ -515,8 +558,21 @@ def features_forward(x, y, n, m, recursion, cost, divergence, checkpointed, x_gr
 
 
 def features_backward(
-    grad, x, y, n, m, up, saved, recursion, cost, divergence, checkpointed, x_grad, y_grad
-):
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    n: torch.Tensor,
+    m: torch.Tensor,
+    up: torch.Tensor,
+    saved: torch.Tensor,
+    recursion: Recursion,
+    cost: str,
+    divergence: bool,
+    checkpointed: bool,
+    x_grad: bool,
+    y_grad: bool,
+) -> tuple[torch.Tensor, ...]:
+    """As of the reference."""
     B, N, M = len(x), x.shape[1], y.shape[1]
     kinds = [0] + [1] * (divergence and x_grad) + [2] * (divergence and y_grad)
     launch = _Launch(n, m, B, N, M, kinds, recursion)
