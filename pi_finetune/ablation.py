@@ -29,7 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pi_finetune.commands import divide, words
 from pi_finetune.config import check_overrides, find_hparams
-from pi_finetune.errors import UserError
+from pi_finetune.errors import DivergedError, UserError
 from pi_finetune.files import write_text
 from pi_finetune.results.declarations import higher_is_better
 from pi_finetune.settings import check_choice
@@ -85,11 +85,15 @@ class Cell:
         Gives the list of :class:`Call`, once ``needs`` are done.
     needs : tuple of Cell
         What must be done before.
+    search : bool
+        Whether it tries a learning rate: a training that diverges is then a result, which the stamp
+        keeps, and no failure. Default: False.
     """
 
     folder: Path
     calls: Callable[[], list]
     needs: tuple = ()
+    search: bool = False
 
     def done(self) -> bool:
         """Whether the stamp says that these very calls have been made to their end.
@@ -141,6 +145,7 @@ class Work:
     folder: Path
     calls: list
     threads: int
+    search: bool = False
 
     def __call__(self) -> None:
         os.environ["OMP_NUM_THREADS"] = str(self.threads)  # before torch is imported
@@ -150,12 +155,18 @@ class Work:
             if Cell(self.folder, lambda: self.calls).done():
                 return
             self._stamp(complete=False)
-            for call in self.calls:
-                call()
-            self._stamp(complete=True)
+            try:
+                for call in self.calls:
+                    call()
+            except DivergedError as reason:
+                if not self.search:
+                    raise
+                self._stamp(complete=True, diverged=str(reason))
+            else:
+                self._stamp(complete=True)
 
-    def _stamp(self, complete):
-        stamp = {"commands": _commands(self.calls), "complete": complete}
+    def _stamp(self, complete, **result):
+        stamp = {"commands": _commands(self.calls), "complete": complete, **result}
         write_text(self.folder / STAMP, json.dumps(stamp, indent=1))
 
     def checkpoint(self) -> Any:
@@ -252,15 +263,19 @@ class Ablation:
 
         score = self.hparams["select_by"]
         best = max if higher_is_better(score) else min
-        scores = {}
+        scores: dict = {}
         for rate, cell in cells.items():
+            scores[rate] = None
+            if "diverged" in (_read_stamp(cell.folder) or {}):
+                continue
             values = [line.get(score) for line in read_json_lines(cell.folder / "valid.jsonl")]
             finite = [value for value in values if value is not None and math.isfinite(value)]
             scores[rate] = best(finite, default=None)
         found = {rate: value for rate, value in scores.items() if value is not None}
         if not found:
             raise UserError(
-                f"{self.results / 'search'}: no learning rate of {teacher}/{strategy} has a finite "
+                f"{self.results / 'search'}: no learning rate of {teacher}/{strategy} "
+                f"({', '.join(f'{rate:g}' for rate in scores)}) trains to its end with a finite "
                 f"{score}, which select_by names. Give lower lrs or another select_by."
             )
         return best(found, key=found.__getitem__), scores
@@ -299,6 +314,7 @@ class Ablation:
                 place / strategy / str(seed),
                 functools.partial(list, [call]),
                 tuple(self.recognizers.values()),
+                search=True,
             )
         return cells
 
@@ -435,7 +451,7 @@ def run_cells(
                 waiting.remove(cell)
                 try:
                     if not cell.done():
-                        begun[cell] = Work(cell.folder, cell.calls(), threads)
+                        begun[cell] = Work(cell.folder, cell.calls(), threads, cell.search)
                 except UserError as error:
                     failed[cell.folder] = str(error)
             with executor.batch() if len(begun) > 1 else contextlib.nullcontext():

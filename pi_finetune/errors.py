@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Callable
 
-__all__ = ["UserError", "command"]
+__all__ = ["DivergedError", "UserError", "command"]
 
 
 class UserError(ValueError):
@@ -13,6 +13,10 @@ class UserError(ValueError):
     The message names the culprit and says what to do. Command lines print the
     message without a traceback; library callers can catch it as ``ValueError``.
     """
+
+
+class DivergedError(UserError):
+    """Training stopped, since too many updates in a row were not finite."""
 
 
 def command(main: Callable) -> Callable:

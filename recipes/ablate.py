@@ -77,13 +77,17 @@ def ablate(experiment="ablation", overrides=None, run_opts=None):
     for teacher, strategy in ablation.groups:
         needs = ablation.searches[teacher, strategy].values()
         if not any(need.folder in failed for need in needs):
-            rate, scores = ablation.learning_rate(teacher, strategy)
+            try:
+                rate, scores = ablation.learning_rate(teacher, strategy)
+            except UserError:  # for which its runs have failed
+                continue
             chosen[f"{teacher}/{strategy}"] = {"lr": rate, hparams["select_by"]: scores}
     write_text(ablation.results / "learning_rates.json", json.dumps(chosen, indent=1))
     for runs, options in ablation.comparisons():
         compare(runs, **options)
-    for folder, reason in failed.items():
-        print(f"failed: {folder}: {reason}", file=sys.stderr)
+    for reason in dict.fromkeys(failed.values()):
+        folders = ", ".join(str(folder) for folder, why in failed.items() if why == reason)
+        print(f"failed: {folders}: {reason}", file=sys.stderr)
     return failed
 
 

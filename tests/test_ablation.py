@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,30 @@ def test_the_rate_with_the_best_dev_score_is_chosen_in_its_direction(tmp_path):
         (cell.folder / "valid.jsonl").write_text(json.dumps({"update": 1, "stoi": stoi}))
     rate, scores = plan.learning_rate("hubert", "mse")
     assert rate == 0.001 and scores == {0.0001: 0.7, 0.0003: 0.6, 0.001: 0.9}
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_a_rate_that_diverges_loses_the_search(tmp_path, executor, monkeypatch, all_of_them):
+    """Its worker stops with an error; so it did, and the strategy failed with it."""
+    plan = ablation(tmp_path, strategies=["mse"], controls=[], lrs=[0.001, 0.1], seeds=[1, 2])
+    cells = plan.searches["hubert", "mse"]
+    diverge = "from pi_finetune.errors import DivergedError\nraise DivergedError('too often')"
+    for rate, cell in cells.items():
+        # Either has a fine validation; but what then diverges is no rate to train with.
+        write_validations(cell, [50 if rate == 0.001 else 20])
+        script = diverge if all_of_them or rate == 0.1 else ""
+        monkeypatch.setitem(cells, rate, replace(cell, calls=partial(list, [Script(script, {})])))
+    runs = [cell for cell in plan.cells() if "search" not in str(cell.folder)]
+    runs = [replace(cell, needs=tuple(cells.values())) for cell in runs if cell.needs]
+    assert run_cells([*cells.values()], executor, poll_seconds=0.05) == {}
+    assert all(cell.done() for cell in cells.values())
+    if not all_of_them:
+        assert plan.learning_rate("hubert", "mse") == (0.001, {0.001: 50, 0.1: None})
+        return
+    failed = run_cells(runs, executor, poll_seconds=0.05)
+    assert len(failed) == 2 and len(set(failed.values())) == 1
+    message = "no learning rate of hubert/mse (0.001, 0.1) trains to its end with a finite wer"
+    assert message in next(iter(failed.values()))
 
 
 def test_one_rate_is_not_searched(tmp_path):

@@ -33,7 +33,7 @@ class EnhancementBrain(UpdateBrain):
     dict``; what it returns is logged with the scores.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config_text(self.modules.enhancer)  # one that could not be saved fails here
         callbacks = self.hparams.validation_callbacks or []
@@ -70,7 +70,7 @@ class EnhancementBrain(UpdateBrain):
         with self.pool:
             super().fit(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As SpeechBrain's; an error ends the processes that compute scores."""
         with self.pool:
             return super().evaluate(*args, **kwargs)

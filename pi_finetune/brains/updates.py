@@ -25,7 +25,7 @@ from pi_finetune.distributed import (
     rank,
     start_processes,
 )
-from pi_finetune.errors import UserError
+from pi_finetune.errors import DivergedError, UserError
 from pi_finetune.files import json_number, write_text
 from pi_finetune.run_folder import SETTINGS_FILE, Lock, open_run
 from pi_finetune.run_folder import session as describe_session
@@ -336,7 +336,7 @@ class UpdateBrain(sb.Brain):
             f"({self.skipped_in_a_row} in a row, {self.history.skipped} in all)."
         )
         if self.skipped_in_a_row > self.nonfinite_patience:
-            raise UserError(
+            raise DivergedError(
                 f"{self.skipped_in_a_row} updates in a row had {self.spoilt} (the last). The last "
                 "checkpoint is intact: continue with a lower --lr or a higher "
                 "--nonfinite_patience, or look for broken audio among them. With soft-DTW a larger "
