@@ -419,14 +419,11 @@ def run_enhance(options):
     import torch
     from tqdm import tqdm
 
-    from pi_finetune.distributed import check_device
     from pi_finetune.inference import Enhancer, output_paths
 
     pairs = output_paths(options.inputs, options.output)
     if options.skip_existing:
         pairs = [(source, target) for source, target in pairs if not target.exists()]
-    if options.device is not None:
-        check_device(options.device)
     enhancer = Enhancer.from_run(options.model, device=options.device, trust=options.trust)
 
     def seconds(path):

@@ -12,7 +12,7 @@ from speechbrain.utils.run_opts import RunOptions
 from pi_finetune.errors import UserError
 
 __all__ = [
-    "check_device",
+    "choose_device",
     "device_name",
     "gather_in_turn",
     "mean_over_processes",
@@ -54,8 +54,7 @@ def start_processes(run_opts: dict | None) -> RunOptions:
         )
     sb.utils.distributed.ddp_init_group(run_opts)
     # SpeechBrain's default is None, which .to() takes for "stay where you are".
-    device = run_opts.device or sb.utils.distributed.infer_device()
-    check_device(device)
+    device = choose_device(run_opts.device)
     if rank() == 0:
         print(f"device: {device_name(device)}", flush=True)
     return dataclasses.replace(
@@ -63,13 +62,23 @@ def start_processes(run_opts: dict | None) -> RunOptions:
     )
 
 
-def check_device(device: Any) -> None:
-    """Raise a UserError if a device cannot compute here."""
+def choose_device(device: Any = None) -> str:
+    """The device that was asked for, or a GPU where there is one, or the CPU.
+
+    Of several processes each takes the GPU of its own number.
+
+    Raises
+    ------
+    UserError
+        The device cannot compute here.
+    """
+    device = str(device or sb.utils.distributed.infer_device())
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used: {reason}") from None
+    return device
 
 
 def device_name(device: Any) -> str:

@@ -27,6 +27,7 @@ from huggingface_hub import snapshot_download
 from scipy.ndimage import maximum_filter1d
 
 from pi_finetune.data.audio import libsndfile_says, limit, resample
+from pi_finetune.distributed import choose_device
 from pi_finetune.enhancers import (
     CONFIG_FILE,
     SAMPLE_RATE,
@@ -128,7 +129,7 @@ class Enhancer:
     ):
         if int(chunk_seconds) != chunk_seconds or chunk_seconds < 1:
             raise ValueError(f"chunk_seconds must be a whole number >= 1, got {chunk_seconds}")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(choose_device(device))
         self.module = cast(Any, module.to(self.device).eval())
         # A chunk begins at a sample that exists at either rate, so after whole seconds, and where
         # a frame of the whole recording begins: after 2 s for a hop of 256 samples.

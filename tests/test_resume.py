@@ -16,7 +16,9 @@ from running import HPARAMS, ROOT, recipe, validations
 from pi_finetune import settings
 from pi_finetune.brains.enhancement import EnhancementBrain
 from pi_finetune.config import resolve
+from pi_finetune.enhancers import MaskEnhancer
 from pi_finetune.errors import UserError
+from pi_finetune.inference import Enhancer
 from pi_finetune.run_folder import RECORD_FILE, Lock, data_digest, open_run, session
 
 
@@ -449,6 +451,13 @@ def test_every_recipe_uses_the_accelerator_that_is_there(
     evaluated.clear()
     evaluate([str(run)], test_set="again", device="cpu")
     assert ("cpu",) in evaluated and "device: cpu\n" in capsys.readouterr().out
+
+
+def test_inference_uses_the_accelerator(accelerator):
+    assert str(Enhancer(MaskEnhancer()).device) == "cpu:0"
+    assert str(Enhancer(MaskEnhancer(), device="cpu").device) == "cpu"
+    with pytest.raises(UserError, match="--device cuda:99 cannot be used"):
+        Enhancer(MaskEnhancer(), device="cuda:99")
 
 
 def test_the_probe_uses_the_accelerator(accelerator, corpus, tiny_teacher, tmp_path, capsys):

@@ -20,6 +20,7 @@ from pi_finetune.brains.enhancement import EnhancementBrain
 from pi_finetune.brains.updates import UpdateBrain
 from pi_finetune.distributed import rank, start_processes
 from pi_finetune.errors import UserError
+from pi_finetune.run_folder import Lock
 
 
 def _port():
@@ -133,6 +134,46 @@ def test_a_shared_run_resumes_with_as_many_processes(train, tmp_path, monkeypatc
         assert a == b
     expected, got = (load_file(run / "enhancer.safetensors") for run in (straight, killed))
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+TAKE = """
+import sys
+from pi_finetune.run_folder import Lock
+Lock(sys.argv[1], 'a training').acquire()
+"""
+
+
+def test_processes_of_one_run_share_its_lock_and_a_second_run_is_refused(tmp_path):
+    path = tmp_path / "run" / ".lock"
+
+    def train():
+        start_processes({"device": "cpu"})
+        with Lock(path, "a training"):
+            torch.distributed.barrier()  # both are inside
+            if rank() == 0:
+                command = [sys.executable, "-c", TAKE, str(path)]
+                second = subprocess.run(command, capture_output=True, text=True)
+                assert f"a training is under way there, by process {os.getpid()} " in second.stderr
+            torch.distributed.barrier()
+
+    in_processes(train)
+
+    def train_again():
+        start_processes({"device": "cpu"})
+        with pytest.raises(UserError) as refused:
+            Lock(path, "a training").__enter__()
+        # One of them tells it, and neither waits for the other.
+        assert ("is under way there" in str(refused.value)) == (rank() == 0)
+
+    hold = TAKE + "print('held', flush=True)\nsys.stdin.read()\n"
+    command = [sys.executable, "-c", hold, str(path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        in_processes(train_again)
+        other.stdin.close()
+    in_processes(train)
 
 
 def test_torchrun_starts_the_recipe(train, tmp_path):
