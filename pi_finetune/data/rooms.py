@@ -14,7 +14,7 @@ import soundfile
 import torch
 from scipy.signal import fftconvolve
 
-from pi_finetune.data.audio import SAMPLE_RATE, find_audio, resample
+from pi_finetune.data.audio import SAMPLE_RATE, find_audio, libsndfile_says, resample
 from pi_finetune.errors import UserError
 
 #: In the place of a folder: rooms are drawn and simulated by pyroomacoustics.
@@ -128,7 +128,8 @@ class FolderRIRs:
                 soundfile.info(path)
             except (OSError, RuntimeError) as error:
                 raise UserError(
-                    f"rir_folder: {path} cannot be read as audio ({error}). Remove or replace it."
+                    f"rir_folder: {path} cannot be read as audio ({libsndfile_says(error)}). "
+                    "Remove or replace it."
                 ) from None
         rooms = {}
         for path in paths:
