@@ -1,4 +1,4 @@
-"""Compute the tables and the figure of docs/evidence.md from the scores in docs/evidence.
+"""Compute the tables of docs/evidence.md and the README, and a figure, from docs/evidence.
 
     python docs/make_evidence.py
 
@@ -6,8 +6,9 @@ In the page a comment says what the table under it is, and this script writes th
 
     <!-- summary mse: noisy pretrained controls whisper -->
 
-Kinds: summary, differences, convergence (with a baseline, and folders of docs/evidence or runs in
-them), gradients (a file of it), causal (files of it), learning_rates.
+Kinds: summary, results (its columns of WER and PESQ), differences, convergence (with a baseline,
+and folders of docs/evidence or runs in them), gradients (a file of it), causal (files of it),
+learning_rates.
 """
 
 import functools
@@ -32,6 +33,7 @@ from pi_finetune.results.runs import read_json_lines
 
 DOCS = Path(__file__).resolve().parent
 SCORES = DOCS / "evidence"
+PAGES = (DOCS / "evidence.md", DOCS.parent / "README.md")
 STYLE = {
     "font.size": 8,
     "axes.spines.top": False,
@@ -42,11 +44,10 @@ TABLE = re.compile(r"(<!-- (\w+)(?: (\S+))?(?:: ([^>]*))? -->\n\n)((?:\|.*\n)*)"
 
 
 def main():
-    """Write docs/evidence.md and docs/evidence/differences.png anew."""
-    page = DOCS / "evidence.md"
-    text = with_tables(page.read_text())
-    write_text(page, text)
-    draw_differences(text, SCORES / "differences.png")
+    """Write docs/evidence.md, README.md and docs/evidence/differences.png anew."""
+    for page in PAGES:
+        write_text(page, with_tables(page.read_text()))
+    draw_differences(PAGES[0].read_text(), SCORES / "differences.png")
 
 
 def with_tables(text):
@@ -65,6 +66,8 @@ def table(kind, baseline, places):
     comparison = compared(baseline, tuple(places.split()))
     if kind == "summary":
         return _narrow(summary_table(comparison, markdown))
+    if kind == "results":
+        return _columns(_narrow(summary_table(comparison, markdown)), ("strategy", "WER", "PESQ"))
     if kind == "convergence":
         return _narrow(convergence_table(comparison, markdown))
     if kind == "differences":  # of WER; the signal metrics' are in compare.py's own output
@@ -77,6 +80,13 @@ def table(kind, baseline, places):
 def compared(baseline, places):
     """The comparison of folders of docs/evidence."""
     return compare_runs([SCORES / place for place in places], baseline=baseline)
+
+
+def _columns(text, wanted):
+    """The columns of a Markdown table whose titles begin with one of ``wanted``."""
+    rows = [line.strip("|").split("|") for line in text.splitlines()]
+    kept = [i for i, title in enumerate(rows[0]) if title.strip().startswith(wanted)]
+    return "".join(f"|{'|'.join(row[i] for i in kept)}|\n" for row in rows)
 
 
 def learning_rates():
