@@ -9,6 +9,7 @@ import inspect
 import sys
 from typing import Any
 
+from pi_finetune.commands import read_options
 from pi_finetune.errors import UserError, command
 from pi_finetune.report.tables import MISSING, markdown, number, signed
 from pi_finetune.results.power import Pilot, load_pilots
@@ -52,11 +53,7 @@ def power(system, baseline, **options) -> list[Pilot]:
     list of Pilot
         What was printed, as numbers.
     """
-    unknown = options.keys() - OPTIONS.keys()
-    if unknown:
-        raise UserError(f"power: no option {min(unknown)!r}; there are {', '.join(OPTIONS)}.")
-    given = {name: value for name, value in options.items() if value is not None}
-    args = argparse.Namespace(**{k: v.get("default") for k, v in OPTIONS.items()} | given)
+    args, _ = read_options("power", OPTIONS, options)
     if not (0 < args.power < 1 and 0.5 < args.confidence < 1):
         raise UserError("--power must be between 0 and 1, --confidence between 0.5 and 1.")
     if args.difference == 0 or (args.margin is not None and not args.margin > 0):
