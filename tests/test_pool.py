@@ -110,8 +110,9 @@ from pi_finetune.results import pool
 with pool.ScorePool(2) as scorer:
     scorer.submit("a", np.ones(9), np.ones(9)).result()
     processes = pool._processes(os.getpid(), 2)
-    print(*{processes.submit(os.getpid).result() for _ in range(9)}, flush=True)
+    workers = {processes.submit(os.getpid).result() for _ in range(9)}
     processes.submit(time.sleep, 60)
+    print(*workers, flush=True)
     time.sleep(60)
 """
     started = subprocess.Popen(

@@ -447,10 +447,10 @@ def test_every_recipe_uses_the_accelerator_that_is_there(
         torch.nn.Module, "to", lambda self, *args: evaluated.append(args) or to(self, *args)
     )
     evaluate([str(run)])
-    assert ("cpu:0",) in evaluated and "device: cpu:0\n" in capsys.readouterr().out
+    assert (torch.device("cpu:0"),) in evaluated and "device: cpu:0\n" in capsys.readouterr().out
     evaluated.clear()
     evaluate([str(run)], test_set="again", device="cpu")
-    assert ("cpu",) in evaluated and "device: cpu\n" in capsys.readouterr().out
+    assert (torch.device("cpu"),) in evaluated and "device: cpu\n" in capsys.readouterr().out
 
 
 def test_inference_uses_the_accelerator(accelerator):

@@ -229,9 +229,10 @@ def evaluate_mixes(
             bar = tqdm(desc=about, unit="utt", total=0, disable=rank() > 0)
             bar.total = sum(mine) + sum(before)
             stack.enter_context(bar)
-        bar.initial += sum(before)  # what was done before took no time now
-        bar.n += sum(before)
-        bar.refresh()
+        if not bar.disable:  # as that of any process but the first
+            bar.initial += sum(before)  # what was done before took no time now
+            bar.n += sum(before)
+            bar.refresh()
         for system in systems:
             if not system.finished:
                 system.file = stack.enter_context(_part(system.final, rank()).open("a"))

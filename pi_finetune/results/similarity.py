@@ -74,7 +74,7 @@ def load_measures(
         recognizer = next(of_phonemes, recognizers[0])
         measures["phoneme_similarity"] = PhonemeSimilarity(recognizer)
     if "speaker_similarity" in names:
-        measures["speaker_similarity"] = SpeakerSimilarity(speaker_source or "", trust)
+        measures["speaker_similarity"] = SpeakerSimilarity(speaker_source, trust)
     return measures
 
 
@@ -188,7 +188,7 @@ class SpeakerSimilarity:
     #: The fewest samples that are given to it: 0.1 s.
     LEAST = 1600
 
-    def __init__(self, source: str | Path, trust: bool = False):
+    def __init__(self, source: str | Path | None, trust: bool = False):
         from speechbrain.inference.classifiers import EncoderClassifier
         from speechbrain.utils.fetching import LocalStrategy
 
