@@ -746,6 +746,7 @@ def test_report_is_one_small_file_with_every_section(report):
         'soft_dtw</b> <span class="verdict">better than mse',
         "shift.jsonl: 2 lines",
         "0.1235",
+        "<h1>Speech enhancement strategies compared on",
         "Position diagnostics: report",
         "<p>kept <b>as is</b></p>",
         "python recipes/compare.py &lt;results&gt;",

@@ -73,12 +73,12 @@ def write_report(
     """
     sections: list[tuple[str, str]] = []
     for folder in map(Path, position_folders):
-        title = "Position diagnostics"
+        name = "Position diagnostics"
         if len(position_folders) > 1:
-            title += f": {folder.resolve().parent.name}"
+            name += f": {folder.resolve().parent.name}"
         body = position_section(folder)
         if body:
-            sections.append((title, body))
+            sections.append((name, body))
     sections.extend(extra_sections)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pi_finetune.report", ""),
