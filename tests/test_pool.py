@@ -105,8 +105,10 @@ def test_loaders_that_fork_meanwhile_do_not_disturb(pairs, alone):
 @pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
 def test_an_interruption_ends_the_processes(how):
     code = """
-import os, time, numpy as np
+import os, signal, time, numpy as np
 from pi_finetune.results import pool
+# Where the tests run in a shell's background, Ctrl-C is ignored by all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with pool.ScorePool(2) as scorer:
     scorer.submit("a", np.ones(9), np.ones(9)).result()
     processes = pool._processes(os.getpid(), 2)
