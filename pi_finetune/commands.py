@@ -145,31 +145,36 @@ def read_options(recipe: str, declared: dict, given: dict) -> Any:
 
 
 def options_parser(
-    program: str, argument: dict, about: str, examples: list[str], declared: dict
+    program: str, arguments: list[dict], about: str, examples: list[str], declared: dict
 ) -> argparse.ArgumentParser:
     """The command line of such a recipe.
 
     Arguments
     ---------
     program : str
-    argument : dict
-        Of the one argument before the options: what ``add_argument`` takes, ``dest`` among it.
+    arguments : list of dict
+        Of each argument before the options: what ``add_argument`` takes, ``dest`` among it.
     about : str
     examples : list of str
         Words after the program.
     declared : dict
         As for :func:`read_options`.
     """
-    name = argument["metavar"]
+    named = [
+        f"{name} [{name} ...]" if "nargs" in argument else name
+        for argument in arguments
+        for name in [argument["metavar"]]
+    ]
     lines = [f"  %(prog)s {words}" for words in examples]
     made = argparse.ArgumentParser(
         prog=program,
-        usage=f"%(prog)s {f'{name} [{name} ...]' if 'nargs' in argument else name} [options]",
+        usage=f"%(prog)s {' '.join(named)} [options]",
         description=about,
         epilog="\n".join(["examples:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(**argument)
+    for argument in arguments:
+        made.add_argument(**argument)
     for option, how in declared.items():
         made.add_argument(f"--{option}", **how)
     return made

@@ -207,7 +207,7 @@ def parser(program="python recipes/check.py"):
         "recordings --asr_source openai/whisper-tiny.en",
         "data/chime4 --run results/soft_dtw/1234 --mix 0.5 1",
     ]
-    return options_parser(program, argument, about, examples, OPTIONS)
+    return options_parser(program, [argument], about, examples, OPTIONS)
 
 
 @command

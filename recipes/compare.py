@@ -142,7 +142,7 @@ def parser(program="python recipes/compare.py"):
         "help": "run folders STRATEGY/SEED, or folders above them",
     }
     examples = ["results/demo", "results/*/* --set test --baseline mse --html"]
-    return options_parser(program, runs, about, examples, OPTIONS)
+    return options_parser(program, [runs], about, examples, OPTIONS)
 
 
 @command

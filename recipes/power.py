@@ -4,12 +4,11 @@ python recipes/power.py results/soft_dtw results/mse
 python recipes/power.py results/soft_dtw results/mse --metric nll --difference 0.02
 """
 
-import argparse
 import inspect
 import sys
 from typing import Any
 
-from pi_finetune.commands import read_options
+from pi_finetune.commands import options_parser, read_options
 from pi_finetune.errors import UserError, command
 from pi_finetune.report.tables import MISSING, markdown, number, signed
 from pi_finetune.results.power import Pilot, load_pilots
@@ -130,19 +129,23 @@ def report(pilot, args):
 def parser(program="python recipes/power.py"):
     """The command line: two systems, and the options."""
     about = inspect.getdoc(power).split("\n\nArguments")[0]
-    made = argparse.ArgumentParser(
-        prog=program,
-        usage="%(prog)s SYSTEM BASELINE [options]",
-        description=about,
-        epilog="examples:\n  %(prog)s results/soft_dtw results/mse\n"
-        "  %(prog)s results/soft_dtw results/mse --metric nll --difference 0.02",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("system", help="folder of one system, e.g. results/soft_dtw")
-    made.add_argument("baseline", help="folder of the system it is compared with")
-    for name, how in OPTIONS.items():
-        made.add_argument(f"--{name}", **how)
-    return made
+    arguments = [
+        {
+            "dest": "system",
+            "metavar": "SYSTEM",
+            "help": "folder of one system, e.g. results/soft_dtw",
+        },
+        {
+            "dest": "baseline",
+            "metavar": "BASELINE",
+            "help": "folder of the system it is compared with",
+        },
+    ]
+    examples = [
+        "results/soft_dtw results/mse",
+        "results/soft_dtw results/mse --metric nll --difference 0.02",
+    ]
+    return options_parser(program, arguments, about, examples, OPTIONS)
 
 
 @command

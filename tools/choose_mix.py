@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pi_finetune.data.loading import load_pairs
 from pi_finetune.enhancers import load_enhancer
+from pi_finetune.enhancers.base import mixed
 from pi_finetune.errors import command
 from pi_finetune.recognizers import load_recognizer
 from pi_finetune.results import metrics
@@ -64,7 +65,7 @@ def main(argv=None):
         noisy, length = pair["noisy"], torch.tensor([len(pair["noisy"])])
         with torch.no_grad():
             enhanced = enhancer(noisy[None], length)[0]
-        wavs = torch.stack([noisy, *(mix * enhanced + (1 - mix) * noisy for mix in args.mixes)])
+        wavs = torch.stack([noisy, *(mixed(enhanced, noisy, mix) for mix in args.mixes)])
         lengths, texts = length.expand(len(wavs)), [pair["text"]] * len(wavs)
         found.append(recognizer.nll(wavs, lengths, texts))
         clean = pair["clean"].numpy()

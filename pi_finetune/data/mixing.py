@@ -11,12 +11,15 @@ from pi_finetune.errors import UserError
 
 __all__ = ["NoiseMixer", "mix_at_snr", "random_filter"]
 
+#: No mixture has a sample of a larger magnitude.
+PEAK = 0.99
+
 
 def mix_at_snr(
     clean: torch.Tensor,
     noise: torch.Tensor,
     snr: float,
-    peak: float = 0.99,
+    peak: float = PEAK,
     target: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add noise to speech.
@@ -136,7 +139,7 @@ class NoiseMixer:
         snr = drawn if snr is None else float(snr)
         noise_class = self.classes[rng.integers(len(self.classes))]
         if math.isinf(snr):
-            pair = (clean.clone(), clean) if target is None else below(0.99, clean, target)
+            pair = (clean.clone(), clean) if target is None else below(PEAK, clean, target)
             return *pair, {"snr": None, "noise_class": None}
         entries = self.by_class[noise_class]
         for _ in range(20):

@@ -239,9 +239,8 @@ def evaluate_mixes(
         waveform_names = [m.name for m in WAVEFORM_METRICS if m.name in names]
         pool = stack.enter_context(ScorePool(workers, waveform_names))
         stack.enter_context(torch.inference_mode())
-        waiting: collections.deque = (
-            collections.deque()
-        )  # lines that want their signal scores, in order
+        # Lines that want their signal scores, in order.
+        waiting: collections.deque = collections.deque()
 
         def write(all_of_them=False):
             while waiting and (all_of_them or waiting[0][1].done()):
