@@ -15,6 +15,7 @@ from speechbrain.nnet.CNN import Conv1d
 from pi_finetune import config, enhancers
 from pi_finetune.enhancers import (
     ConvTasNet,
+    DelayedMaskEnhancer,
     Demucs,
     MaskEnhancer,
     SpeechBrainEnhancer,
@@ -315,6 +316,38 @@ class TestMask:
     def test_impossible_arguments(self, arguments):
         with pytest.raises(ValueError, match="must be"):
             MaskEnhancer(**arguments)
+
+
+class TestDelayedMask:
+    def test_is_the_mask_network_late_by_a_constant_of_each_utterance(self, tmp_path):
+        plain = build("mask")
+        save_enhancer(tmp_path, plain)
+        arguments = plain.config["arguments"]
+        late = load_weights(DelayedMaskEnhancer(0.05, **arguments), tmp_path).train()
+        wavs, lengths = noise(40, 3000), torch.tensor([3000] * 39 + [2000])
+        torch.manual_seed(0)
+        with torch.no_grad():
+            expected, found = plain(wavs, lengths), late(wavs, lengths)
+            again = late(wavs, lengths)
+        delays = [int(row.nonzero()[0]) for row in found]
+        for row, other, delay, length in zip(found, expected, delays, lengths.tolist()):
+            assert torch.equal(row[delay:length], other[: length - delay])
+            assert (row[length:] == 0).all()
+        assert max(delays) <= 800 and max(delays) - min(delays) > 600 and len(set(delays)) > 30
+        assert not torch.equal(again, found)
+        with torch.no_grad():
+            assert torch.equal(late.eval()(wavs, lengths), expected)
+
+    def test_is_saved_and_loaded(self, tmp_path):
+        model = DelayedMaskEnhancer(0.1, channels=[4], dim=8, dilations=[1])
+        save_enhancer(tmp_path, model)
+        loaded = load_enhancer(tmp_path)
+        assert type(loaded) is DelayedMaskEnhancer and loaded.max_delay == 1600
+        assert loaded.config == model.config
+
+    def test_negative_delay(self):
+        with pytest.raises(ValueError, match="max_delay_seconds must be at least 0"):
+            DelayedMaskEnhancer(-0.1)
 
 
 class TestUNet:

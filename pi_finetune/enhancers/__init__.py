@@ -11,6 +11,7 @@ result can be checked to hold for more than one kind of model.
 
 from pi_finetune.enhancers.base import SAMPLE_RATE, WaveformEnhancer, mixed
 from pi_finetune.enhancers.conv_tasnet import ConvTasNet
+from pi_finetune.enhancers.delayed import DelayedMaskEnhancer
 from pi_finetune.enhancers.demucs import Demucs, load_denoiser_checkpoint
 from pi_finetune.enhancers.mask import MaskEnhancer
 from pi_finetune.enhancers.saving import (
@@ -30,6 +31,7 @@ __all__ = [
     "SPEECHBRAIN_FILE",
     "WEIGHTS_FILE",
     "ConvTasNet",
+    "DelayedMaskEnhancer",
     "Demucs",
     "MaskEnhancer",
     "SpeechBrainEnhancer",
