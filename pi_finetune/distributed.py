@@ -1,6 +1,7 @@
 """Several processes, as ``torchrun`` starts them: what SpeechBrain leaves open."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,8 @@ __all__ = [
     "rank",
     "start_processes",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def start_processes(run_opts: dict | None) -> RunOptions:
@@ -57,9 +60,24 @@ def start_processes(run_opts: dict | None) -> RunOptions:
     device = choose_device(run_opts.device)
     if rank() == 0:
         print(f"device: {device_name(device)}", flush=True)
+        if "bf16" in (run_opts.precision, run_opts.eval_precision):
+            _warn_of_emulation(device)
     return dataclasses.replace(
         run_opts, device=device, overridden_args=run_opts.overridden_args | {"device"}
     )
+
+
+def _warn_of_emulation(device):
+    """Say so where bfloat16 is emulated: a step then takes tens of times as long as in float32."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch
+        return
+    has = torch.cpu.get_capabilities()
+    native = has["architecture"] != "x86_64" or has["avx512_bf16"] or has["amx_bf16"]
+    if torch.device(device).type == "cpu" and not native:
+        logger.warning(
+            "--precision bf16: this CPU has no bfloat16 arithmetic (AVX-512 BF16 or AMX), so that "
+            "it will be much slower than fp32. Leave the option out here."
+        )
 
 
 def choose_device(device: Any = None) -> str:

@@ -292,6 +292,22 @@ def test_bf16_trains_and_validates(train, strategy):
     )
 
 
+@pytest.mark.parametrize(
+    ("precision", "has", "warned"),
+    [
+        ("bf16", {}, True),
+        ("bf16", {"amx_bf16": True}, False),
+        ("bf16", {"architecture": "aarch64"}, False),
+        ("fp32", {}, False),
+    ],
+)
+def test_bf16_that_a_cpu_only_emulates_is_warned_of(precision, has, warned, monkeypatch, caplog):
+    lacks = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: lacks | has)
+    start_processes({"device": "cpu", "precision": precision})
+    assert ("much slower than fp32" in caplog.text) is warned
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_soft_dtw_is_float32_under_autocast(dtype):
     from pi_finetune.objectives import SoftDTWDistance
