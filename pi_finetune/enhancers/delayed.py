@@ -1,4 +1,4 @@
-"""The mask network with a random delay in training: an enhancer that is not in step with its target."""
+"""The mask network, late by a random delay in training: not in step with its target."""
 
 from typing import Any
 
