@@ -8,11 +8,9 @@ command needs it.
 import argparse
 import ast
 import importlib
-import importlib.metadata
 import inspect
 import itertools
 import os
-import platform
 import signal
 import sys
 import textwrap
@@ -22,7 +20,7 @@ from pi_finetune import __version__
 from pi_finetune.errors import UserError, command
 from pi_finetune.files import PROJECT_ROOT, shown
 
-__all__ = ["OPTIONAL", "PACKAGES", "PROGRAMS", "RECIPES", "main", "parser"]
+__all__ = ["PROGRAMS", "RECIPES", "main", "parser"]
 
 OVERVIEW_EXAMPLES = """examples:
   pi-finetune train soft_dtw --data_folder LibriSpeech --noise_folder noise
@@ -93,47 +91,6 @@ PAGE_EXAMPLES = """examples:
   pi-finetune demo-page
   pi-finetune demo-page --run results/soft_dtw/1234 --asr_source openai/whisper-tiny.en --mix 0.8
 """
-
-# What each package is for; those that `pip install` may leave out or break come with a remedy.
-PACKAGES = {
-    "torch": "pip install -r requirements.txt",
-    "torchaudio": "install torch and torchaudio of the same version together (requirements.txt)",
-    "speechbrain": "pip install -r requirements.txt",
-    "transformers": "pip install -r requirements.txt",
-    "safetensors": "pip install -r requirements.txt",
-    "huggingface_hub": "pip install -r requirements.txt",
-    "numpy": "pip install -r requirements.txt",
-    "scipy": "pip install -r requirements.txt",
-    "soundfile": "pip install soundfile; on some systems also the package libsndfile1",
-    "numba": "pip install numba: the fast soft-DTW on CPUs needs it",
-    "triton": "comes with torch on Linux; the soft-DTW on GPUs needs it",
-    "pesq": "pip install pesq needs a C compiler, the Python headers and NumPy "
-    "(on Debian: apt-get install gcc python3-dev)",
-    "pystoi": "pip install pystoi",
-    "jiwer": "pip install jiwer",
-    "matplotlib": "pip install matplotlib: reports need it",
-    "submitit": "pip install submitit: ablations need it",
-    "loky": "pip install loky: evaluation and validation need it",
-    "gruut": "pip install gruut: phoneme recognition needs it",
-    "speechmos": "pip install 'pi_finetune[metrics]': DNSMOS needs it, librosa and onnxruntime",
-    "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",
-    "lhotse": "pip install lhotse: cuts as --data_folder need it",
-    "datasets": "pip install datasets: --data_folder hf:NAME needs it",
-    "gradio": "pip install gradio: demo-page needs it",
-    "pyroomacoustics": "pip install pyroomacoustics: --rir_folder simulated needs it",
-}
-#: Those whose libraries may not fit the machine or torch: they are imported to see.
-BINARY = ("torch", "torchaudio", "soundfile", "numba", "pesq")
-OPTIONAL = {
-    "triton",
-    "gruut",
-    "speechmos",
-    "onnxscript",
-    "lhotse",
-    "datasets",
-    "pyroomacoustics",
-    "gradio",
-}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -497,88 +454,9 @@ def run_page(options):
 
 def run_doctor(options):
     """Print the state of the installation; return 1 if something needed is missing."""
-    problems = []
-    print(f"pi_finetune {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print("\npackages")
-    for name, remedy in PACKAGES.items():
-        try:
-            print(f"  {name:<17}{importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"  {name:<17}missing")
-            if name not in OPTIONAL:
-                problems.append(f"{name}: {remedy}")
-    for name in BINARY:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # a broken binary package raises anything
-            print(f"  {name:<17}broken ({type(error).__name__}: {error})")
-            problems.append(f"{name}: {PACKAGES[name]}")
-    try:
-        import torch
-    except Exception:
-        return _verdict(problems)
+    from pi_finetune.doctor import examine
 
-    print("\ndevices")
-    print(f"  cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    for i in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(i)
-        print(f"  cuda:{i}        {device.name}, {device.total_memory / 2**30:.0f} GiB")
-    if not torch.cuda.is_available():
-        print("  cuda          none")
-
-    print("\nsoft-DTW backends")
-    for name, verdict in _backends(torch):
-        print(f"  {name:<14}{verdict}")
-        if verdict.startswith("fails") and name != "triton":
-            problems.append(f"soft-DTW backend {name}: {verdict}")
-
-    print("\nmodels")
-    try:
-        from pi_finetune.inference import DEFAULT_MODEL, Enhancer
-
-        enhancer = Enhancer.from_run(device="cpu")
-        size = sum(p.numel() for p in enhancer.module.parameters()) / 1e6
-        print(f"  enhancer      {type(enhancer.module).__name__}, {size:.2f} M, {DEFAULT_MODEL}")
-    except Exception as error:
-        print(f"  enhancer      {error}")
-        problems.append(f"shipped enhancer: {error}")
-    return _verdict(problems)
-
-
-def _backends(torch):
-    """Run each soft-DTW backend on a small problem and compare it with the reference."""
-    try:
-        from pi_finetune.soft_dtw import soft_dtw
-        from pi_finetune.soft_dtw._op import BACKENDS
-    except Exception as error:
-        return [("all", f"fails ({type(error).__name__}: {error})")]
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(2, n, 8, generator=generator) for n in (20, 24))
-    expected = soft_dtw(x, y, backend="reference")
-    results = []
-    for name in BACKENDS:
-        device = "cuda" if name == "triton" else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            results.append((name, "not used: needs an NVIDIA GPU"))
-            continue
-        try:
-            value = soft_dtw(x.to(device), y.to(device), backend=name).cpu()
-            close = torch.allclose(value, expected, rtol=1e-4)
-            results.append((name, "works" if close else f"fails (gives {value}, not {expected})"))
-        except Exception as error:
-            results.append((name, f"fails ({type(error).__name__}: {error})"))
-    return results
-
-
-def _verdict(problems):
-    print()
-    if not problems:
-        print("Nothing is missing.")
-        return 0
-    print("Missing:")
-    for problem in problems:
-        print(f"  {problem}")
-    return 1
+    return examine()
 
 
 @command

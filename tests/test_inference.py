@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import torch
 
+import pi_finetune.soft_dtw
 from pi_finetune import __main__ as cli
 from pi_finetune import inference
 from pi_finetune.data import audio
@@ -537,7 +538,8 @@ class TestCommandLine:
         assert cli.main(["doctor"]) == 0
         text = capsys.readouterr().out
         assert f"torch            {torch.__version__.split('+')[0]}" in text
-        assert "reference     works" in text and "cpu           works" in text
+        for name in ("reference", "cpu"):
+            assert f"{name:<14}works, forward and backward" in text
         assert "MaskEnhancer" in text and "Nothing is missing." in text
 
         real_version, real_import = importlib.metadata.version, importlib.import_module
@@ -563,3 +565,15 @@ class TestCommandLine:
         assert "pesq: pip install pesq needs a C compiler" in missing
         assert "shipped enhancer: No enhancer.yaml in " in missing
         assert "triton" not in missing
+
+    def test_doctor_finds_a_wrong_gradient(self, capsys, monkeypatch):
+        right = pi_finetune.soft_dtw.soft_dtw
+
+        def wrong(x, y, backend):
+            value = right(x, y, backend=backend)
+            return value + 0 * value if backend == "reference" else 2 * value - value.detach()
+
+        monkeypatch.setattr(pi_finetune.soft_dtw, "soft_dtw", wrong)
+        assert cli.main(["doctor"]) == 1
+        text = capsys.readouterr().out
+        assert "soft-DTW backend cpu: fails (gradient off by " in text
