@@ -1,8 +1,8 @@
-"""Compute the tables of docs/evidence.md and the README, and a figure, from docs/evidence.
+"""Compute the tables of docs/evidence*.md and the README, and two figures, from docs/evidence.
 
     python docs/make_evidence.py
 
-In the page a comment says what the table under it is, and this script writes the table anew:
+In a page a comment says what the table under it is, and this script writes the table anew:
 
     <!-- summary mse: noisy pretrained controls whisper -->
 
@@ -33,7 +33,7 @@ from pi_finetune.results.runs import read_json_lines
 
 DOCS = Path(__file__).resolve().parent
 SCORES = DOCS / "evidence"
-PAGES = (DOCS / "evidence.md", DOCS.parent / "README.md")
+PAGES = (DOCS / "evidence.md", DOCS / "evidence_appendix.md", DOCS.parent / "README.md")
 STYLE = {
     "font.size": 8,
     "axes.spines.top": False,
@@ -44,10 +44,12 @@ TABLE = re.compile(r"(<!-- (\w+)(?: (\S+))?(?:: ([^>]*))? -->\n\n)((?:\|.*\n)*)"
 
 
 def main():
-    """Write docs/evidence.md, README.md and docs/evidence/differences.png anew."""
+    """Write the pages and their figures anew."""
     for page in PAGES:
         write_text(page, with_tables(page.read_text()))
-    draw_differences(PAGES[0].read_text(), SCORES / "differences.png")
+    texts = [page.read_text() for page in PAGES]
+    draw_differences("".join(texts), SCORES / "differences.png")
+    draw_curves(SCORES / "delayed", SCORES / "delayed.png")
 
 
 def with_tables(text):
@@ -70,16 +72,20 @@ def table(kind, baseline, places):
         return _columns(_narrow(summary_table(comparison, markdown)), ("strategy", "WER", "PESQ"))
     if kind == "convergence":
         return _narrow(convergence_table(comparison, markdown))
-    if kind == "differences":  # of WER; the signal metrics' are in compare.py's own output
+    if kind == "differences":  # in recognition; the signal metrics' are in compare.py's own output
         lines = difference_table(comparison, markdown).splitlines(keepends=True)
-        return _narrow("".join([*lines[:2], *(row for row in lines[2:] if "WER" in row)]))
-    raise ValueError(f"docs/evidence.md: a table of the kind {kind!r} is not known.")
+        return _narrow("".join([*lines[:2], *(row for row in lines[2:] if _recognition(row))]))
+    raise ValueError(f"A table of the kind {kind!r} is not known.")
 
 
 @functools.cache
 def compared(baseline, places):
     """The comparison of folders of docs/evidence."""
     return compare_runs([SCORES / place for place in places], baseline=baseline)
+
+
+def _recognition(row):
+    return "WER" in row or "NLL" in row
 
 
 def _columns(text, wanted):
@@ -149,6 +155,30 @@ def draw_differences(text, path):
         axes.set_xlim(-10, 10)  # some controls' intervals are longer
         axes.set_xlabel("WER − WER of mse (points): below 0 is better")
         figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside upper right")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+
+
+def draw_curves(folder, path):
+    """The likelihood on dev over the updates, a thin line a seed and a thick one for their mean."""
+    curves = {}
+    for file in sorted(folder.glob("*/*/valid.jsonl")):
+        lines = read_json_lines(file)
+        curve = {line["update"]: line["nll"] for line in lines}
+        curves.setdefault(file.parents[1].name, []).append(curve)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for (name, seeds), colour in zip(curves.items(), ("#0072b2", "#d55e00", "#009e73")):
+            updates = sorted(set.intersection(*(set(curve) for curve in seeds)))
+            for curve in seeds:
+                axes.plot(list(curve), list(curve.values()), color=colour, linewidth=0.5, alpha=0.5)
+            mean = [sum(curve[update] for curve in seeds) / len(seeds) for update in updates]
+            axes.plot(updates, mean, color=colour, marker="o", markersize=3, label=name)
+        axes.set_xlabel("updates")
+        axes.set_ylabel("NLL on dev (nats/token)")
+        axes.set_xlim(left=0)
+        figure.legend(loc="outside right upper")
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
 
