@@ -75,7 +75,9 @@ def metrics_of(runs: "list[Run]", recognizer: str | None = None) -> list[Metric]
         for group in others
         for m in group
     ]
-    lines = [m for m in LINE_METRICS if m in SIGNAL_METRICS or m.name in there]
+    # Of recordings there are none: their columns are there and empty.
+    empty = () if any(m.name in there for m in SIGNAL_METRICS) else SIGNAL_METRICS
+    lines = [m for m in LINE_METRICS if m.name in there or m in empty]
     return [*main, *lines, *others]
 
 
