@@ -1,4 +1,4 @@
-"""Compute the tables of docs/evidence*.md and the README, and two figures, from docs/evidence.
+"""Compute the tables of docs/evidence*.md and the README, and their figures, from docs/evidence.
 
     python docs/make_evidence.py
 
@@ -6,7 +6,7 @@ In a page a comment says what the table under it is, and this script writes the 
 
     <!-- summary mse: noisy pretrained controls whisper -->
 
-Kinds: summary, results (its columns of WER and PESQ), differences, convergence (with a baseline,
+Kinds: summary, results (its columns of WER, NLL and PESQ), differences, convergence (with a baseline,
 and folders of docs/evidence or runs in them), gradients (a file of it), causal (files of it),
 learning_rates.
 """
@@ -47,14 +47,22 @@ def main():
     """Write the pages and their figures anew."""
     for page in PAGES:
         write_text(page, with_tables(page.read_text()))
-    texts = [page.read_text() for page in PAGES]
-    draw_differences("".join(texts), SCORES / "differences.png")
+    main_panels = {"in step": "longer/noisy longer/pretrained longer/whisper", "late": "delayed"}
+    draw_differences(main_panels, SCORES / "differences.png")
+    tables = [found.groups()[1:4] for found in TABLE.finditer(PAGES[1].read_text())]
+    panels = {
+        places.split()[-1]: places
+        for kind, baseline, places in tables
+        if (kind, baseline) == ("differences", "mse")
+    }
+    draw_differences(panels, SCORES / "differences_all.png")
     draw_curves(SCORES / "delayed", SCORES / "delayed.png")
 
 
 def with_tables(text):
-    """The page's text with every table computed."""
-    return TABLE.sub(lambda found: found[1] + table(found[2], found[3], found[4] or ""), text)
+    """The page's text with every table computed, and a blank line after each."""
+    text = TABLE.sub(lambda found: found[1] + table(found[2], found[3], found[4] or ""), text)
+    return re.sub(r"^(\|.*\|)\n(?=[^|\n])", r"\1\n\n", text, flags=re.MULTILINE)
 
 
 def table(kind, baseline, places):
@@ -69,7 +77,7 @@ def table(kind, baseline, places):
     if kind == "summary":
         return _narrow(summary_table(comparison, markdown))
     if kind == "results":
-        return _columns(_narrow(summary_table(comparison, markdown)), ("strategy", "WER", "PESQ"))
+        return _columns(_narrow(summary_table(comparison, markdown)), ("strategy", "seeds", "WER", "NLL", "PESQ"))
     if kind == "convergence":
         return _narrow(convergence_table(comparison, markdown))
     if kind == "differences":  # in recognition; the signal metrics' are in compare.py's own output
@@ -138,23 +146,23 @@ def gradients(name):
     return header, [[row, *(cells[row, other] for other in shown), signal[row]] for row in names]
 
 
-def draw_differences(text, path):
-    """WER differences from mse with their intervals: a panel for every such table of the page."""
-    calls = [found.groups()[1:4] for found in TABLE.finditer(text)]
-    places = [
-        places.split() for kind, base, places in calls if (kind, base) == ("differences", "mse")
-    ]
-    comparisons = {names[-1]: compared("mse", tuple(names)) for names in places}
+def draw_differences(panels, path):
+    """WER differences from mse with their intervals, a panel for each ``{title: places}``."""
+    comparisons = {
+        title: compared("mse", tuple(places.split())) for title, places in panels.items()
+    }
     with matplotlib.rc_context(STYLE):
         heights = [len(each.summary["wer"]) for each in comparisons.values()]
         figure = Figure(figsize=(6.4, 0.6 + 0.24 * sum(heights)), layout="constrained")
         rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
-        for axes, (name, comparison) in zip(rows[:, 0], comparisons.items(), strict=True):
+        handles = {}
+        for axes, (title, comparison) in zip(rows[:, 0], comparisons.items(), strict=True):
             draw_panel(axes, comparison)
-            axes.set_title(name, fontsize=9, loc="left")
+            axes.set_title(title, fontsize=9, loc="left")
+            handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
         axes.set_xlim(-10, 10)  # some controls' intervals are longer
         axes.set_xlabel("WER − WER of mse (points): below 0 is better")
-        figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside upper right")
+        figure.legend(handles.values(), handles.keys(), loc="outside upper right")
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
 
