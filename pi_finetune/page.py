@@ -20,6 +20,7 @@ import torch
 from pi_finetune.data.audio import SAMPLE_RATE, resample
 from pi_finetune.errors import UserError
 from pi_finetune.inference import Enhancer
+from pi_finetune.lengths import Waveforms
 from pi_finetune.recognizers import load_recognizer
 from pi_finetune.report.plots import spectrogram_image
 from pi_finetune.results.metrics import recognition_errors
@@ -92,13 +93,13 @@ class Page:
             return ""
         rows = [f"<tr><th>said</th><td>{html.escape(said)}</td><td></td></tr>"] if said else []
         for name, wav in wavs.items():
-            (heard,) = self.recognizer(torch.from_numpy(wav)[None], torch.tensor([len(wav)]))
+            (heard,) = self.recognizer(Waveforms.of(torch.from_numpy(wav)[None]))
             errors = ""
             if said:
                 counts = recognition_errors(self.recognizer, said, heard)
                 wrong = sum(counts[k] for k in ("substitutions", "deletions", "insertions"))
                 units = counts["hits"] + counts["substitutions"] + counts["deletions"]
-                unit = getattr(self.recognizer, "unit", "word")
+                unit = self.recognizer.unit
                 errors = f"{unit} errors: {wrong} in {units}"
                 errors += f" ({100 * wrong / units:.1f} %)" if units else ""
             rows.append(

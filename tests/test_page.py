@@ -13,6 +13,7 @@ from running import Parrot
 from pi_finetune import __main__ as cli
 from pi_finetune import page as pages
 from pi_finetune.errors import UserError
+from pi_finetune.lengths import Waveforms
 from pi_finetune.page import Page, read_mono
 
 GRADIO = importlib.util.find_spec("gradio") is not None
@@ -40,7 +41,7 @@ def test_enhance(page, recording):
     half = page.enhance(str(recording), "", 0.5)[1]
     np.testing.assert_allclose(half, (noisy + enhanced) / 2, atol=1e-6)
     assert told.count("<img") == 2 and told.count(" in 3 (") == 2
-    heard = Parrot()([torch.from_numpy(noisy)], [32000])[0]
+    heard = Parrot()(Waveforms.of(torch.from_numpy(noisy)[None]))[0]
     assert f"<td>{heard}</td>" in told
 
 

@@ -23,6 +23,7 @@ from pi_finetune.data.corpora import prepare_noise, prepare_speech
 from pi_finetune.data.loading import load_pairs
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.errors import UserError
+from pi_finetune.lengths import Waveforms
 from pi_finetune.recognizers import (
     CharacterTokenizer,
     CTCHead,
@@ -319,11 +320,11 @@ def test_recognition_through_evaluation_is_that_of_the_recogniser_alone(
         recognizer = load_recognizer(folder)
         heard = set()
         for pair in map(pairs.__getitem__, range(len(pairs))):
-            wav, length = pair["noisy"][None], torch.tensor([len(pair["noisy"])])
+            wavs = Waveforms.of(pair["noisy"][None])
             if enhancer is not None:
                 with torch.no_grad():
-                    wav = enhancer(wav, length)
-            text = recognizer(wav, length)[0]
+                    wavs = enhancer(wavs)
+            (text,) = recognizer(wavs)
             expected = recognition_errors(recognizer, pair["text"], text)
             stored = lines[pair["id"]]["asr"][recognizer.name]
             assert {key: stored[key] for key in expected} == expected and stored["tokens"] > 0
@@ -496,9 +497,9 @@ def test_voicebank_readme_from_corpus_to_table(project, small, monkeypatch):
         prepare_speech(folder, ["train"])
 
     class Parrot:
-        name = "whisper"
+        name, unit = "whisper", "word"
 
-        def __call__(self, wavs, lengths):
+        def __call__(self, wavs):
             return ["please call"] * len(wavs)
 
     monkeypatch.setattr("pi_finetune.results.evaluation.load_recognizer", lambda source: Parrot())

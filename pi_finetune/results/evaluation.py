@@ -20,7 +20,7 @@ from pi_finetune.distributed import on_main, processes, rank
 from pi_finetune.enhancers import mixed
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
-from pi_finetune.recognizers import likelihoods, load_recognizer
+from pi_finetune.recognizers import Recognizer, likelihoods, load_recognizer
 from pi_finetune.results import metrics
 from pi_finetune.results.declarations import CER, CHOICES, WAVEFORM_METRICS, without_reference
 from pi_finetune.results.handover import SavedAudio
@@ -35,7 +35,7 @@ __all__ = ["evaluate_system", "load_recognizers"]
 logger = logging.getLogger(__name__)
 
 
-def load_recognizers(sources: str | list[str] | None) -> list:
+def load_recognizers(sources: str | list[str] | None) -> list[Recognizer]:
     """Load recognisers for use in YAML.
 
     Arguments
@@ -54,7 +54,7 @@ def load_recognizers(sources: str | list[str] | None) -> list:
         Two have the same name, under which both would keep their scores.
     """
     sources = [sources] if isinstance(sources, str) else sources or []
-    recognizers = [load_recognizer(str(source)) for source in sources]
+    recognizers: list[Recognizer] = [load_recognizer(str(source)) for source in sources]
     named: dict = {}
     for source, recognizer in zip(sources, recognizers):
         if recognizer.name in named:
@@ -337,11 +337,11 @@ def _score(system, batch, rows, wavs, recognizers, pool, measures, characters):
         The signal scores, and what a line has before and after them: of the recognisers, with
         character errors if asked for, and of the measures.
     """
-    given, texts = (wavs.data, wavs.lengths), [batch.text[row] for row in rows]
+    texts = [batch.text[row] for row in rows]
     clean = _numpy(batch.clean, rows) if hasattr(batch, "clean") else [None] * len(rows)
     estimates = _numpy(wavs)
     signals = [pool.submit(batch.id[row], *pair) for row, *pair in zip(rows, clean, estimates)]
-    heard = [(r, r(*given), likelihoods(r, *given, texts)) for r in recognizers]
+    heard = [(r, r(wavs), likelihoods(r, wavs, texts)) for r in recognizers]
     found = {}
     if measures:
         reference = batch.clean.taken(torch.tensor(rows)).to(wavs.data.device)
@@ -373,7 +373,7 @@ def _score(system, batch, rows, wavs, recognizers, pool, measures, characters):
 
 def _errors(recognizer, reference, hypothesis, characters):
     errors = metrics.recognition_errors(recognizer, reference, hypothesis)
-    if characters and getattr(recognizer, "unit", "word") == "word":
+    if characters and recognizer.unit == "word":
         errors |= metrics.character_errors(reference, hypothesis)
     return errors
 

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pesq import pesq
@@ -21,6 +21,8 @@ from pi_finetune.results.declarations import NLL, SIGNAL_METRICS, WAVEFORM_METRI
 
 if TYPE_CHECKING:
     import torch
+
+    from pi_finetune.recognizers import CharacterTokenizer, PhonemeTokenizer, Recognizer
 
 __all__ = [
     "DEV_SCORES",
@@ -504,13 +506,17 @@ def token_errors(reference: str, hypothesis: str) -> int:
     return counts["substitutions"] + counts["deletions"] + counts["insertions"]
 
 
-def recognition_errors(recognizer: Any, reference: str, hypothesis: str) -> dict:
+def recognition_errors(
+    recognizer: "Recognizer | CharacterTokenizer | PhonemeTokenizer",
+    reference: str,
+    hypothesis: str,
+) -> dict:
     """Errors of one utterance in the unit that a recogniser writes.
 
     Arguments
     ---------
-    recognizer : object
-        Its attribute ``unit`` says which: ``word`` (also if it has none) or ``phoneme``.
+    recognizer : Recognizer, CharacterTokenizer or PhonemeTokenizer
+        Its attribute ``unit`` says which: ``word`` or ``phoneme``.
     reference, hypothesis : str
         Raw text of the utterance, and what the recogniser wrote.
 
@@ -520,7 +526,7 @@ def recognition_errors(recognizer: Any, reference: str, hypothesis: str) -> dict
         Of :func:`word_errors` or :func:`phoneme_errors`.
     """
     errors = {"word": word_errors, "phoneme": phoneme_errors}
-    return errors[getattr(recognizer, "unit", "word")](reference, hypothesis)
+    return errors[recognizer.unit](reference, hypothesis)
 
 
 def _check_texts(reference, hypothesis):
