@@ -18,7 +18,7 @@ import soundfile
 import torch
 
 from pi_finetune.data.audio import SAMPLE_RATE, resample
-from pi_finetune.errors import UserError
+from pi_finetune.errors import UserError, optional
 from pi_finetune.inference import Enhancer
 from pi_finetune.lengths import Waveforms
 from pi_finetune.recognizers import load_recognizer
@@ -112,12 +112,7 @@ class Page:
     def blocks(self) -> Any:
         """The page, a ``gradio.Blocks`` to launch."""
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-        try:
-            import gradio
-        except ImportError:
-            raise UserError(
-                "demo-page: needs a package that is missing: pip install gradio"
-            ) from None
+        gradio = optional("gradio", "page", "demo-page")
         folder = tempfile.mkdtemp(prefix="pi_finetune-page-")
 
         def run(path, text, mix):
@@ -166,7 +161,7 @@ class Page:
                     for name in ("Noisy", "Enhanced")
                 ]
             told = gradio.HTML(elem_id="told")
-            button.click(run, [given, text, mix], [*heard, told], api_name=False)  # type: ignore[arg-type]
+            button.click(run, [given, text, mix], [*heard, told], api_name=False)
         return page
 
     def launch(self, host: str = "127.0.0.1", port: int | None = None, block: bool = True) -> Any:

@@ -78,6 +78,7 @@ def ctc_folder(encoder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pr_folder(encoder, tmp_path_factory):
+    pytest.importorskip("gruut", reason="gruut is not installed")
     return random_recognizer(
         tmp_path_factory.mktemp("pr"), "phones", encoder, PhonemeTokenizer(), depth=0
     )
@@ -447,6 +448,7 @@ def test_tokenizer():
     assert tokenizer.greedy(log_probs, torch.tensor([7])) == ["AA B"]
 
 
+@pytest.mark.needs("gruut")
 def test_phoneme_tokenizer():
     tokenizer = PhonemeTokenizer()
     assert len(tokenizer) == 41
@@ -665,6 +667,7 @@ def test_training_learns_to_spell_what_it_has_not_seen(train, tones):
     assert all(record["reference"] in "ABCD" for record in records)
 
 
+@pytest.mark.needs("gruut")
 def test_phoneme_training_is_scored_in_phonemes(train, tones, capsys):
     run = train(
         experiment="pr_ctc", data_folder=tones, updates=60, valid_every=20, batch_size=8, lr=0.02,

@@ -76,6 +76,7 @@ class Phones(Parrot):
     unit = "phoneme"
 
 
+@pytest.mark.needs("gruut")
 def test_phoneme_similarity_is_one_less_edits_over_phonemes(batch):
     clean, enhanced, ids = batch
     recognizer, calls = Parrot(), []

@@ -330,6 +330,7 @@ def test_batches_of_similar_lengths_hold_each_utterance_once():
     assert _batches(Pairs(), 3, None, {0, 1, 3, 5}) == [[1], [0, 3], [5]]
 
 
+@pytest.mark.needs("gruut")
 def test_the_metrics_that_are_asked_for_are_in_lines_and_tables(evaluate, tiny_teacher):
     from pi_finetune.results.comparison import compare_runs
 

@@ -17,7 +17,7 @@ import torch
 from scipy.signal import fftconvolve
 
 from pi_finetune.data.audio import SAMPLE_RATE, find_audio, libsndfile_says, resample
-from pi_finetune.errors import UserError
+from pi_finetune.errors import UserError, optional
 
 __all__ = ["FolderRIRs", "Reverberator", "SimulatedRIRs", "load_reverberator", "reverberate"]
 
@@ -185,13 +185,7 @@ class SimulatedRIRs:
     """
 
     def __init__(self, rt60: Sequence[float] = (0.2, 0.8), max_order: int = 20):
-        try:
-            import pyroomacoustics  # noqa: F401
-        except ImportError:
-            raise UserError(
-                f"rir_folder: {SIMULATED} needs a package that is missing: "
-                "pip install pyroomacoustics"
-            ) from None
+        optional("pyroomacoustics", "rooms", f"rir_folder: {SIMULATED}")
         self.rt60 = [float(seconds) for seconds in rt60]
         self.max_order = max_order
 
