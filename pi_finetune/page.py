@@ -61,7 +61,7 @@ class Page:
         self.mix = mix
 
     @torch.no_grad()
-    def enhance(self, path: str, text: str, mix: float) -> Any:
+    def enhance(self, path: str, text: str, mix: float) -> tuple[np.ndarray, np.ndarray, str]:
         """Enhance a file.
 
         Arguments

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from pi_finetune.config import PROJECT_ROOT
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number, replacing, write_text
-from pi_finetune.lengths import Waveforms, as_lengths, length_mask, on_device, shares
+from pi_finetune.lengths import Lengths, Waveforms, as_lengths, length_mask, on_device, shares
 from pi_finetune.phonemes import inventory, phonemes
 from pi_finetune.teacher import SAMPLE_RATE, Teacher
 
@@ -422,7 +422,7 @@ class LogMel(nn.Module):
         self.register_buffer("taper", torch.hann_window(self.window))
 
     @property
-    def encoder(self) -> Any:
+    def encoder(self) -> Self:
         """The weights by which a recogniser knows its encoder: the filters."""
         return self
 
@@ -433,7 +433,7 @@ class LogMel(nn.Module):
         return windows.div(self.stacked, rounding_mode="floor").clamp(min=0)
 
     def hidden_states(
-        self, wavs: torch.Tensor | Waveforms, lengths: Any = None
+        self, wavs: torch.Tensor | Waveforms, lengths: Lengths | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """States [1, B, F, 240] and frame lengths [B] of ``Waveforms``, or of wavs [B, T]."""
         wavs = Waveforms.of(wavs, lengths)
@@ -495,7 +495,12 @@ class CTCHead(nn.Module):
         self.output = nn.Linear(2 * hidden if depth else hidden, num_outputs)
 
     @classmethod
-    def for_encoder(cls, encoder: Any, tokenizer: Any, **options: Any) -> Self:
+    def for_encoder(
+        cls,
+        encoder: Teacher | LogMel,
+        tokenizer: "CharacterTokenizer | PhonemeTokenizer",
+        **options: Any,
+    ) -> Self:
         """A head that fits a Teacher and a tokenizer; options as of the class."""
         return cls(encoder.num_layers + 1, encoder.dim, len(tokenizer), **options)
 
@@ -651,7 +656,7 @@ def save_recognizer(
     write_text(folder / CONFIG_FILE, text)
 
 
-def fingerprint(encoder: Any) -> str:
+def fingerprint(encoder: Teacher | LogMel) -> str:
     """Short hash of an encoder's weights: names, shapes and the first values of each tensor."""
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.encoder.state_dict().items()):

@@ -300,7 +300,7 @@ class HubAudio:
     def __str__(self):
         return self.name
 
-    def open(self) -> Any:
+    def open(self) -> io.BytesIO:
         """Its bytes as a file."""
         held = self.dataset[self.index][self.column]
         return io.BytesIO(held["bytes"] or Path(held["path"]).read_bytes())

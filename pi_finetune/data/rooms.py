@@ -9,7 +9,6 @@ import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -42,7 +41,12 @@ class Reverberator:
         that the clarity index C50 uses (ISO 3382-1).
     """
 
-    def __init__(self, rirs: Any, probability: float = 1.0, early_seconds: float = 0.05):
+    def __init__(
+        self,
+        rirs: "FolderRIRs | SimulatedRIRs",
+        probability: float = 1.0,
+        early_seconds: float = 0.05,
+    ):
         if not 0 <= probability <= 1:
             raise UserError(f"rir_probability: {probability} must be a share from 0 to 1.")
         if not early_seconds > 0:
@@ -224,7 +228,7 @@ def load_reverberator(
     probability: float = 1.0,
     early_seconds: float = 0.05,
     rt60: Sequence[float] = (0.2, 0.8),
-) -> Any:
+) -> Reverberator | None:
     """The reverberation that an experiment declares.
 
     Arguments

@@ -27,7 +27,8 @@ from pi_finetune.results.handover import SavedAudio
 from pi_finetune.results.pool import ScorePool
 
 if TYPE_CHECKING:
-    pass
+    from pi_finetune.data.loading import SpeechPairs
+    from pi_finetune.data.recordings import Recordings
 
 __all__ = ["evaluate_system", "load_recognizers"]
 
@@ -72,7 +73,11 @@ LONG_SECONDS = 60
 
 
 def evaluate_system(
-    folder: str | Path, enhancer: Any, pairs: Any, recognizers: Any, **options: Any
+    folder: str | Path,
+    enhancer: Callable | str | None,
+    pairs: "SpeechPairs | Recordings",
+    recognizers: Sequence[Recognizer],
+    **options: Any,
 ) -> Path:
     """Score a system and write ``FOLDER/scores/TEST_SET.jsonl``.
 
@@ -94,19 +99,19 @@ def evaluate_system(
 def evaluate_mixes(
     folders: dict,
     enhancer: Callable | str | None,
-    pairs: Any,
-    recognizers: list,
+    pairs: "SpeechPairs | Recordings",
+    recognizers: Sequence[Recognizer],
     test_set: str = "test",
     batch_size: int = 4,
-    workers: Any = 0,
+    workers: int | None = 0,
     num_workers: int = 0,
     audio_examples: int = 0,
     overwrite: bool = False,
-    device: Any = "cpu",
+    device: "str | torch.device" = "cpu",
     save_audio: str | Path | None = None,
-    bar: Any = None,
+    bar: tqdm | None = None,
     max_batch_seconds: float | None = None,
-    names: Any = None,
+    names: Sequence[str] | None = None,
     measures: dict | None = None,
 ) -> list[Path]:
     """Score systems that differ in the share of the enhanced signal; speech is enhanced once.

@@ -17,6 +17,7 @@ from pystoi import utils as stoi_parts
 from pystoi.stoi import BETA, DYN_RANGE, FS, N_FRAME, NFFT, NUMBAND, OBM
 from pystoi.stoi import N as SEGMENT
 
+from pi_finetune.errors import optional
 from pi_finetune.results.declarations import NLL, SIGNAL_METRICS, WAVEFORM_METRICS, WER
 
 if TYPE_CHECKING:
@@ -280,16 +281,15 @@ def _frames(wav, size, hop):
 @functools.cache
 def _dnsmos():
     """The models of ``speechmos``, on one thread: utterances are scored side by side."""
-    from onnxruntime import InferenceSession, SessionOptions
-    from speechmos import dnsmos
-
-    options = SessionOptions()
+    dnsmos = optional("speechmos.dnsmos", "metrics", "DNSMOS")
+    runtime = optional("onnxruntime", "metrics", "DNSMOS")
+    options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    folder = Path(dnsmos.__file__).parent / "dnsmos_models"
+    folder = Path(str(dnsmos.__file__)).parent / "dnsmos_models"
     model = dnsmos.DNSMOS.__new__(dnsmos.DNSMOS)  # its own sessions take all threads there are
-    model.onnx_sess = InferenceSession(folder / "sig_bak_ovr.onnx", options)
-    model.p808_onnx_sess = InferenceSession(folder / "model_v8.onnx", options)
+    model.onnx_sess = runtime.InferenceSession(folder / "sig_bak_ovr.onnx", options)
+    model.p808_onnx_sess = runtime.InferenceSession(folder / "model_v8.onnx", options)
     return model
 
 

@@ -7,7 +7,7 @@ of the utterances, and what recognisers heard in the enhanced speech, ``{name: t
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ class SpeechBERTScore:
 
     @torch.no_grad()
     def __call__(
-        self, clean: Any, enhanced: Any, ids: Sequence[str], heard: dict
+        self, clean: Waveforms, enhanced: Waveforms, ids: Sequence[str], heard: dict
     ) -> list[float | None]:
         """See the module."""
         longest = self.teacher.max_length or float("inf")
@@ -151,7 +151,7 @@ class PhonemeSimilarity:
         self._clean: dict = {}  # of clean speech, which is the same for every system
 
     def __call__(
-        self, clean: Any, enhanced: Any, ids: Sequence[str], heard: dict
+        self, clean: Waveforms, enhanced: Waveforms, ids: Sequence[str], heard: dict
     ) -> list[float | None]:
         """See the module."""
         pairs = _audible(clean, enhanced)
@@ -218,7 +218,7 @@ class SpeakerSimilarity:
 
     @torch.no_grad()
     def __call__(
-        self, clean: Any, enhanced: Any, ids: Sequence[str], heard: dict
+        self, clean: Waveforms, enhanced: Waveforms, ids: Sequence[str], heard: dict
     ) -> list[float | None]:
         """See the module."""
         device = clean.data.device
