@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Processes of make test; each needs a core and 2 GB.
 WORKERS ?= 2
 
-.PHONY: setup demo test lint docs clean kernels kernels-validate kernels-short gpu benchmarks-test
+.PHONY: setup demo test test-minimal lint docs clean kernels kernels-validate kernels-short gpu benchmarks-test
 
 setup: $(VENV)/.complete
 
@@ -33,6 +33,13 @@ demo: setup
 # models that their module builds once.
 test: setup
 	"$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal
+
+# What optional packages have to do with, as if none were installed.
+MINIMAL := bad_recordings cli config data declares docs export inference layouts loggers metrics page \
+  phonemes public_api real_recordings recognition recordings rooms similarity
+test-minimal: setup
+	PYTHONPATH="$(CURDIR)/tests/without$${PYTHONPATH:+:$$PYTHONPATH}" "$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal \
+	  $(MINIMAL:%=tests/test_%.py) tests/soft_dtw/test_api.py tests/soft_dtw/test_triton.py
 
 lint: setup
 	"$(BIN)/ruff" format --check .

@@ -33,7 +33,7 @@ def run(batches, enhancer, recognizer, submit):
         enhanced = enhancer(batch.noisy)
         rows = zip(batch.id, batch.clean.items(), enhanced.items())
         waiting += [submit(name, clean.numpy(), wav.numpy()) for name, clean, wav in rows]
-        recognizer(enhanced.data, enhanced.lengths)
+        recognizer(enhanced)
     scores = [scores() for scores in waiting]
     return time.perf_counter() - started, scores
 

@@ -4,7 +4,8 @@
     PYTHONPATH=examples python recipes/evaluate.py hparams/evaluate.yaml --run noisy \\
         --recognizers "[!new:pocketsphinx_recognizer.PocketSphinx]"
 
-A recogniser is anything with ``name``, ``unit`` and ``recognizer(wavs, lengths) -> [text]``.
+A recogniser is anything with ``name``, ``unit`` and ``recognizer(waveforms) -> [text]``; what can
+give likelihoods has ``nll`` too, see ``pi_finetune.recognizers.LikelyRecognizer``.
 This one has no part of any training here and is easily led astray by noise: a second opinion.
 """
 
@@ -26,11 +27,11 @@ class PocketSphinx:
 
     name, unit = "pocketsphinx", "word"
 
-    def __call__(self, wavs, lengths=None):
-        """Transcribe wavs [B, T] at 16 kHz of lengths [B] samples."""
+    def __call__(self, wavs):
+        """Transcribe :class:`pi_finetune.lengths.Waveforms`."""
         texts = []
-        for wav, length in zip(wavs, lengths.tolist()):
-            samples = (wav[:length].cpu().clamp(-1, 1) * 32767).short().numpy()
+        for wav in wavs.items():
+            samples = (wav.cpu().clamp(-1, 1) * 32767).short().numpy()
             decoder = pocketsphinx.Decoder(samprate=16000, loglevel="FATAL")  # adapts to a speaker
             decoder.start_utt()
             decoder.process_raw(samples.tobytes(), full_utt=True)

@@ -184,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
         "demo-page",
         help="hear and see in the browser what a model does",
         description="Serve a page: upload or record, hear noisy and enhanced, see spectrograms, "
-        "and what a recogniser hears.\nIt needs gradio (pip install gradio); nothing is fetched "
+        "and what a recogniser hears.\nIt needs gradio (the extra `page`); nothing is fetched "
         "from or sent to the internet.",
         epilog=PAGE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

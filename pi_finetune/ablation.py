@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -33,6 +33,10 @@ from pi_finetune.errors import DivergedError, UserError
 from pi_finetune.files import write_text
 from pi_finetune.results.declarations import higher_is_better
 from pi_finetune.settings import check_choice
+
+if TYPE_CHECKING:
+    import submitit
+    from submitit.helpers import DelayedSubmission
 
 __all__ = ["STAMP", "Ablation", "Call", "Cell", "run_cells"]
 
@@ -169,7 +173,7 @@ class Work:
         stamp = {"commands": _commands(self.calls), "complete": complete, **result}
         write_text(self.folder / STAMP, json.dumps(stamp, indent=1))
 
-    def checkpoint(self) -> Any:
+    def checkpoint(self) -> "DelayedSubmission":
         """Called by submitit when a cluster takes the worker away: be queued again."""
         from submitit.helpers import DelayedSubmission
 
@@ -254,7 +258,7 @@ class Ablation:
             ]
         return cells
 
-    def learning_rate(self, teacher: Any, strategy: str) -> tuple[float, dict]:
+    def learning_rate(self, teacher: str | None, strategy: str) -> tuple[float, dict]:
         """What the search on dev chose, once it is done: ``(rate, {rate: best dev score})``."""
         cells = self.searches[teacher, strategy]
         if not cells:
@@ -280,7 +284,7 @@ class Ablation:
             )
         return best(found, key=found.__getitem__), scores
 
-    def comparisons(self) -> Any:
+    def comparisons(self) -> list[tuple[list[Path], dict]]:
         """What to compare, over what has been scored: ``(runs, options)``, by teacher and set."""
         comparisons = []
         shared = [self.results / name for name in (*self.hparams["untrained"], "controls")]
@@ -383,7 +387,7 @@ def _mapping(hparams, key):
 
 def run_cells(
     cells: list[Cell],
-    executor: Any,
+    executor: "submitit.Executor",
     workers: int | None = None,
     threads: int = 1,
     retries: int = 2,

@@ -4,7 +4,6 @@ import argparse
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 from pi_finetune import settings
 from pi_finetune.config import keys, parse_yaml
@@ -114,7 +113,7 @@ def divide(experiment: str | Path, values: dict) -> tuple[dict, dict]:
     return {k: v for k, v in values.items() if k not in run_opts}, run_opts
 
 
-def read_options(recipe: str, declared: dict, given: dict) -> Any:
+def read_options(recipe: str, declared: dict, given: dict) -> tuple[argparse.Namespace, dict]:
     """The options of a recipe that reads no experiment file, those not given at their defaults.
 
     Arguments

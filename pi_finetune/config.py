@@ -151,7 +151,7 @@ def check_needs(path: str | Path, needs: Sequence[str]) -> None:
         )
 
 
-def keys(path: str | Path) -> Any:
+def keys(path: str | Path) -> list[str]:
     """The top-level keys of an experiment file, those of the files it extends included."""
     return list(_merged_tree(Path(path)))
 

@@ -80,7 +80,7 @@ def _warn_of_emulation(device):
         )
 
 
-def choose_device(device: Any = None) -> str:
+def choose_device(device: str | torch.device | None = None) -> str:
     """The device that was asked for, or a GPU where there is one, or the CPU.
 
     Of several processes each takes the GPU of its own number.
@@ -99,7 +99,7 @@ def choose_device(device: Any = None) -> str:
     return device
 
 
-def device_name(device: Any) -> str:
+def device_name(device: str | torch.device) -> str:
     """A device for people: ``cuda:0 (NVIDIA H100)``, ``cpu``."""
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
         return f"{device} ({torch.cuda.get_device_name(device)})"

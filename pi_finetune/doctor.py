@@ -29,13 +29,13 @@ PACKAGES = {
     "matplotlib": "pip install matplotlib: reports need it",
     "submitit": "pip install submitit: ablations need it",
     "loky": "pip install loky: evaluation and validation need it",
-    "gruut": "pip install gruut: phoneme recognition needs it",
+    "gruut": "pip install 'pi_finetune[phonemes]': phoneme recognition needs it",
     "speechmos": "pip install 'pi_finetune[metrics]': DNSMOS needs it, librosa and onnxruntime",
-    "onnxscript": "pip install onnx onnxscript: export --format onnx needs it",
-    "lhotse": "pip install lhotse: cuts as --data_folder need it",
-    "datasets": "pip install datasets: --data_folder hf:NAME needs it",
-    "gradio": "pip install gradio: demo-page needs it",
-    "pyroomacoustics": "pip install pyroomacoustics: --rir_folder simulated needs it",
+    "onnxscript": "pip install 'pi_finetune[onnx]': export --format onnx needs it",
+    "lhotse": "pip install 'pi_finetune[corpora]': cuts as --data_folder need it",
+    "datasets": "pip install 'pi_finetune[corpora]': --data_folder hf:NAME needs it",
+    "gradio": "pip install 'pi_finetune[page]': demo-page needs it",
+    "pyroomacoustics": "pip install 'pi_finetune[rooms]': --rir_folder simulated needs it",
 }
 #: Those whose libraries may not fit the machine or torch: they are imported to see.
 BINARY = ("torch", "torchaudio", "soundfile", "numba", "pesq")
@@ -60,8 +60,10 @@ def examine() -> int:
         try:
             print(f"  {name:<17}{importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            print(f"  {name:<17}missing")
-            if name not in OPTIONAL:
+            if name in OPTIONAL:
+                print(f"  {name:<17}missing ({remedy})")
+            else:
+                print(f"  {name:<17}missing")
                 problems.append(f"{name}: {remedy}")
     for name in BINARY:
         try:

@@ -1,10 +1,12 @@
 """The one exception whose text alone is shown to a user."""
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
-__all__ = ["DivergedError", "UserError", "command"]
+__all__ = ["DivergedError", "UserError", "command", "optional"]
 
 
 class UserError(ValueError):
@@ -17,6 +19,35 @@ class UserError(ValueError):
 
 class DivergedError(UserError):
     """Training stopped, since too many updates in a row were not finite."""
+
+
+def optional(module: str, extra: str, what: str) -> ModuleType:
+    """Import what an installation may lack.
+
+    Arguments
+    ---------
+    module : str
+        Of a package that ``extra`` brings.
+    extra : str
+        Of ``pyproject.toml``.
+    what : str
+        The key, option or file that needs it.
+
+    Returns
+    -------
+    module
+
+    Raises
+    ------
+    UserError
+        It cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{what} needs a package that is missing ({error}): pip install 'pi_finetune[{extra}]'"
+        ) from None
 
 
 def command(main: Callable) -> Callable:

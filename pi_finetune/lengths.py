@@ -5,7 +5,7 @@ need them; what a device needs of them is copied there, never read back. Float s
 SpeechBrain's modules take them, are made by :func:`shares` at the call of such a module alone.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "Lengths",
     "Padded",
     "Waveforms",
     "as_lengths",
@@ -26,7 +27,11 @@ __all__ = [
 ]
 
 
-def as_lengths(lengths: Any) -> Tensor:
+#: Lengths [B] of a batch, as a caller gives them.
+Lengths = Tensor | Sequence[int]
+
+
+def as_lengths(lengths: Lengths) -> Tensor:
     """Lengths [B] as int64 on the CPU, from a tensor (on a GPU: a synchronisation) or a list.
 
     Raises
@@ -164,7 +169,7 @@ class Waveforms(Padded):
     ids: tuple[Hashable, ...] | None = None
 
     @classmethod
-    def of(cls, wavs: "Tensor | Waveforms", lengths: Any = None) -> "Waveforms":
+    def of(cls, wavs: "Tensor | Waveforms", lengths: Lengths | None = None) -> "Waveforms":
         """What a caller gave: ``Waveforms``, or a tensor [B, T] and lengths [B] (default: T).
 
         Raises
@@ -250,7 +255,7 @@ class Waveforms(Padded):
         """Other data of the same lengths and content, which has no names."""
         return replace(self, data=data, ids=None)
 
-    def renamed(self, what: str, how: Any) -> tuple[Hashable, ...] | None:
+    def renamed(self, what: str, how: Iterable[Hashable]) -> tuple[Hashable, ...] | None:
         """Names of rows to which ``what`` was done, with the values ``how`` (one for each)."""
         if self.ids is None:
             return None
@@ -284,7 +289,7 @@ def content_frames(reps: Tensor, wavs: Waveforms, hop: int, counts: Tensor) -> T
 
 
 def as_pair(
-    enhanced: Tensor | Waveforms, clean: Tensor | Waveforms, lengths: Any = None
+    enhanced: Tensor | Waveforms, clean: Tensor | Waveforms, lengths: Lengths | None = None
 ) -> tuple[Waveforms, Waveforms]:
     """Enhanced and clean speech of common lengths [B], as an objective is given them."""
     if not isinstance(enhanced, Waveforms):

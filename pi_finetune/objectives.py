@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pi_finetune.config import build
 from pi_finetune.errors import UserError
 from pi_finetune.lengths import (
+    Lengths,
     Waveforms,
     as_lengths,
     as_pair,
@@ -288,7 +289,7 @@ class RepresentationObjective(nn.Module):
         self,
         enhanced: Tensor | Waveforms,
         clean: Tensor | Waveforms,
-        lengths: Any = None,
+        lengths: Lengths | None = None,
         rngs: Rngs = None,
     ) -> Tensor:
         enhanced, clean = as_pair(enhanced, clean, lengths)
@@ -383,7 +384,7 @@ def measure_projections(
 
 
 def _valid_samples(
-    enhanced: Tensor | Waveforms, clean: Tensor | Waveforms, lengths: Any
+    enhanced: Tensor | Waveforms, clean: Tensor | Waveforms, lengths: Lengths | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both sides in float32, [B, T] each and zero beyond their lengths [B], and the lengths."""
     enhanced, clean = as_pair(enhanced, clean, lengths)
@@ -398,7 +399,7 @@ class SISDRLoss(nn.Module):
         self,
         enhanced: Tensor | Waveforms,
         clean: Tensor | Waveforms,
-        lengths: Any = None,
+        lengths: Lengths | None = None,
         rngs: Rngs = None,
     ) -> Tensor:
         *pair, samples = _valid_samples(enhanced, clean, lengths)
@@ -442,7 +443,7 @@ class SNRLoss(nn.Module):
         self,
         enhanced: Tensor | Waveforms,
         clean: Tensor | Waveforms,
-        lengths: Any = None,
+        lengths: Lengths | None = None,
         rngs: Rngs = None,
     ) -> Tensor:
         x, y, _ = _valid_samples(enhanced, clean, lengths)
@@ -470,7 +471,7 @@ class L1STFTLoss(nn.Module):
         self,
         enhanced: Tensor | Waveforms,
         clean: Tensor | Waveforms,
-        lengths: Any = None,
+        lengths: Lengths | None = None,
         rngs: Rngs = None,
     ) -> Tensor:
         a, b, samples = _valid_samples(enhanced, clean, lengths)
@@ -529,7 +530,7 @@ class WeightedSum(nn.Module):
         self,
         enhanced: Tensor | Waveforms,
         clean: Tensor | Waveforms,
-        lengths: Any = None,
+        lengths: Lengths | None = None,
         rngs: Rngs = None,
     ) -> Tensor:
         enhanced, clean = as_pair(enhanced, clean, lengths)

@@ -18,8 +18,9 @@ import soundfile
 import torch
 
 from pi_finetune.data.audio import SAMPLE_RATE, resample
-from pi_finetune.errors import UserError
+from pi_finetune.errors import UserError, optional
 from pi_finetune.inference import Enhancer
+from pi_finetune.lengths import Waveforms
 from pi_finetune.recognizers import load_recognizer
 from pi_finetune.report.plots import spectrogram_image
 from pi_finetune.results.metrics import recognition_errors
@@ -60,7 +61,7 @@ class Page:
         self.mix = mix
 
     @torch.no_grad()
-    def enhance(self, path: str, text: str, mix: float) -> Any:
+    def enhance(self, path: str, text: str, mix: float) -> tuple[np.ndarray, np.ndarray, str]:
         """Enhance a file.
 
         Arguments
@@ -92,13 +93,13 @@ class Page:
             return ""
         rows = [f"<tr><th>said</th><td>{html.escape(said)}</td><td></td></tr>"] if said else []
         for name, wav in wavs.items():
-            (heard,) = self.recognizer(torch.from_numpy(wav)[None], torch.tensor([len(wav)]))
+            (heard,) = self.recognizer(Waveforms.of(torch.from_numpy(wav)[None]))
             errors = ""
             if said:
                 counts = recognition_errors(self.recognizer, said, heard)
                 wrong = sum(counts[k] for k in ("substitutions", "deletions", "insertions"))
                 units = counts["hits"] + counts["substitutions"] + counts["deletions"]
-                unit = getattr(self.recognizer, "unit", "word")
+                unit = self.recognizer.unit
                 errors = f"{unit} errors: {wrong} in {units}"
                 errors += f" ({100 * wrong / units:.1f} %)" if units else ""
             rows.append(
@@ -111,12 +112,7 @@ class Page:
     def blocks(self) -> Any:
         """The page, a ``gradio.Blocks`` to launch."""
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-        try:
-            import gradio
-        except ImportError:
-            raise UserError(
-                "demo-page: needs a package that is missing: pip install gradio"
-            ) from None
+        gradio = optional("gradio", "page", "demo-page")
         folder = tempfile.mkdtemp(prefix="pi_finetune-page-")
 
         def run(path, text, mix):
@@ -165,7 +161,7 @@ class Page:
                     for name in ("Noisy", "Enhanced")
                 ]
             told = gradio.HTML(elem_id="told")
-            button.click(run, [given, text, mix], [*heard, told], api_name=False)  # type: ignore[arg-type]
+            button.click(run, [given, text, mix], [*heard, told], api_name=False)
         return page
 
     def launch(self, host: str = "127.0.0.1", port: int | None = None, block: bool = True) -> Any:

@@ -7,7 +7,7 @@ and returns ``Waveforms`` that say which part is to be compared. Gradients flow 
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pi_finetune.data.audio import SAMPLE_RATE
 from pi_finetune.errors import UserError
-from pi_finetune.lengths import Waveforms
+from pi_finetune.lengths import Lengths, Waveforms
 
 __all__ = ["NoPerturbation", "Perturbation", "SpeedPerturbation", "ZeroPadding"]
 
@@ -27,7 +27,7 @@ class Perturbation(Protocol):
     def __call__(
         self,
         wavs: Tensor | Waveforms,
-        lengths: Any = None,
+        lengths: Lengths | None = None,
         rngs: Sequence[np.random.Generator] | None = None,
     ) -> Waveforms: ...
 
@@ -38,7 +38,7 @@ class NoPerturbation:
     def __call__(
         self,
         wavs: Tensor | Waveforms,
-        lengths: Any = None,
+        lengths: Lengths | None = None,
         rngs: Sequence[np.random.Generator] | None = None,
     ) -> Waveforms:
         return Waveforms.of(wavs, lengths)
@@ -99,7 +99,7 @@ class ZeroPadding:
     def __call__(
         self,
         wavs: Tensor | Waveforms,
-        lengths: Any = None,
+        lengths: Lengths | None = None,
         rngs: Sequence[np.random.Generator] | None = None,
     ) -> Waveforms:
         waveforms = Waveforms.of(wavs, lengths)
@@ -142,7 +142,7 @@ class SpeedPerturbation:
     def __call__(
         self,
         wavs: Tensor | Waveforms,
-        lengths: Any = None,
+        lengths: Lengths | None = None,
         rngs: Sequence[np.random.Generator] | None = None,
     ) -> Waveforms:
         waveforms = Waveforms.of(wavs, lengths)

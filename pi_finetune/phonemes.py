@@ -11,6 +11,8 @@ import re
 import sqlite3
 import unicodedata
 
+from pi_finetune.errors import optional
+
 __all__ = ["inventory", "phonemes"]
 
 
@@ -29,6 +31,11 @@ def phonemes(text: str) -> list[str]:
     -------
     list of str
         E.g. ``["ð", "ə", "k", "æ", "t"]``; word boundaries are not marked.
+
+    Raises
+    ------
+    UserError
+        The packages of the extra ``phonemes`` are missing.
     """
     text = unicodedata.normalize(
         "NFKD", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
@@ -45,9 +52,7 @@ def inventory() -> tuple[str, ...]:
 
 
 def _spelled(match):
-    from num2words import num2words
-
-    return f" {num2words(int(match.group()))} "
+    return f" {_needed('num2words').num2words(int(match.group()))} "
 
 
 @functools.cache
@@ -62,10 +67,9 @@ def _split_stress(marked):
 @functools.cache
 def _lexicon():
     """``{word: phonemes}``. gruut's own look-up of a word reads its whole table each time."""
-    from gruut_lang_en import get_lang_dir
-
+    folder = _needed("gruut_lang_en").get_lang_dir()
     query = "SELECT word, phonemes FROM word_phonemes ORDER BY pron_order DESC"
-    connection = sqlite3.connect((get_lang_dir() / "lexicon.db").as_uri() + "?mode=ro", uri=True)
+    connection = sqlite3.connect((folder / "lexicon.db").as_uri() + "?mode=ro", uri=True)
     try:
         return {word: _split_stress(marked.split()) for word, marked in connection.execute(query)}
     finally:
@@ -74,7 +78,9 @@ def _lexicon():
 
 @functools.cache
 def _guesser():
-    from gruut.g2p import GraphemesToPhonemes
-    from gruut_lang_en import get_lang_dir
+    folder = _needed("gruut_lang_en").get_lang_dir()
+    return _needed("gruut.g2p").GraphemesToPhonemes(folder / "g2p" / "model.crf")
 
-    return GraphemesToPhonemes(get_lang_dir() / "g2p" / "model.crf")
+
+def _needed(module):
+    return optional(module, "phonemes", "a recogniser or score of phonemes")

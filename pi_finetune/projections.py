@@ -7,7 +7,7 @@ subspace that carries position, which it measures before training.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,10 @@ from pi_finetune.errors import UserError
 from pi_finetune.files import replacing
 from pi_finetune.lengths import Waveforms
 from pi_finetune.seeding import utterance_rng
+
+if TYPE_CHECKING:
+    from pi_finetune.data.loading import SpeechPairs
+    from pi_finetune.teacher import Teacher
 
 __all__ = [
     "POSITION_FILE",
@@ -36,10 +40,10 @@ POSITION_FILE = "position.safetensors"
 class Projection(nn.Module):
     """What a projection has to offer; by itself it changes nothing."""
 
-    def fit_to(self, teacher: Any) -> None:
+    def fit_to(self, teacher: "Teacher") -> None:
         """Take the width of a teacher; called when it is made."""
 
-    def measure(self, teacher: Any, pairs: Any, folder: str | Path) -> None:
+    def measure(self, teacher: "Teacher", pairs: "SpeechPairs", folder: str | Path) -> None:
         """Measure on training speech what is needed; called once before training."""
 
     def forward(self, reps: Tensor) -> Tensor:
@@ -66,7 +70,7 @@ class LearnedProjection(Projection):
         self.dim = dim
         self.linear: nn.Linear | None = None
 
-    def fit_to(self, teacher: Any) -> None:
+    def fit_to(self, teacher: "Teacher") -> None:
         self.linear = nn.Linear(teacher.dim, self.dim)
 
     def forward(self, reps: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ class PositionRemoval(Projection):
         # A file of its own keeps it: the state of a module that is loaded has to be there before.
         self.register_buffer("basis", None, persistent=False)
 
-    def measure(self, teacher: Any, pairs: Any, folder: str | Path) -> None:
+    def measure(self, teacher: "Teacher", pairs: "SpeechPairs", folder: str | Path) -> None:
         path = Path(folder) / POSITION_FILE
         basis = on_main(self._read_or_make, path, teacher, pairs)
         self.basis = basis.to(next(teacher.encoder.parameters()).device)
@@ -152,7 +156,7 @@ class PositionRemoval(Projection):
         basis = self.basis.to(reps)
         return reps - (reps @ basis) @ basis.T
 
-    def _read_or_make(self, path: Path, teacher: Any, pairs: Any) -> Tensor:
+    def _read_or_make(self, path: Path, teacher: "Teacher", pairs: "SpeechPairs") -> Tensor:
         made_by = json.dumps(
             {**self.settings, "teacher": teacher.source, "layers": teacher.layers}, sort_keys=True
         )
@@ -189,7 +193,7 @@ class PositionRemoval(Projection):
         return tensors["basis"]
 
     @torch.no_grad()
-    def mean_frames(self, teacher: Any, pairs: Any) -> tuple[Tensor, Tensor]:
+    def mean_frames(self, teacher: "Teacher", pairs: "SpeechPairs") -> tuple[Tensor, Tensor]:
         """Means per frame index over two halves of the speech, [F, D] each, in float64."""
         size = int(self.settings["seconds"] * SAMPLE_RATE) // teacher.hop * teacher.hop
         seed, rotations = int(self.settings["seed"]), int(self.settings["rotations"])

@@ -1,25 +1,21 @@
-"""Recognisers behind one interface: ``recognizer(wavs) -> list[str]``.
-
-``wavs`` are :class:`~pi_finetune.lengths.Waveforms`, or a tensor [B, T] followed by lengths [B].
+"""Recognisers behind one interface, :class:`Recognizer`: ``recognizer(waveforms) -> list[str]``.
 
 Texts are raw; :func:`pi_finetune.results.metrics.recognition_errors` normalises them.
-The attribute ``unit`` says what a text is made of: ``word``, or ``phoneme`` (separated by blanks).
 What an utterance is batched with does not change its text. An utterance with a
 non-finite sample (a diverged enhancer's) has the text "".
 
-Besides, ``recognizer.nll(wavs, lengths, texts) -> [(nll, tokens)]`` gives the negative
-log-likelihood of the true transcripts in nats and the number of tokens each has; nothing is decoded
-for it. It is None where the recogniser can give none: for a non-finite sample, and where it says so
-below. A recogniser may come without; :func:`likelihoods` is the one place that knows.
+Those here are :class:`LikelyRecognizer`, which can say how likely the true transcripts are; nothing
+is decoded for it. One of your own may come without; :func:`likelihoods` is the one place that
+knows.
 """
 
 import contextlib
 import hashlib
 import os
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +30,7 @@ from transformers.utils import logging
 from pi_finetune.config import PROJECT_ROOT
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number, replacing, write_text
-from pi_finetune.lengths import Waveforms, as_lengths, length_mask, on_device, shares
+from pi_finetune.lengths import Lengths, Waveforms, as_lengths, length_mask, on_device, shares
 from pi_finetune.phonemes import inventory, phonemes
 from pi_finetune.teacher import SAMPLE_RATE, Teacher
 
@@ -42,8 +38,10 @@ __all__ = [
     "CTCHead",
     "CTCRecognizer",
     "CharacterTokenizer",
+    "LikelyRecognizer",
     "LogMel",
     "PhonemeTokenizer",
+    "Recognizer",
     "WhisperRecognizer",
     "fingerprint",
     "gives_likelihood",
@@ -59,19 +57,56 @@ WEIGHTS_FILE = "asr.safetensors"
 CHARACTERS = " '" + string.ascii_uppercase
 
 
-def load_recognizer(source: str | Path | None) -> Any:
+class Recognizer(Protocol):
+    """What the project asks of a recogniser.
+
+    Attributes
+    ----------
+    name : str
+        Under which its results are kept.
+    unit : str
+        What a text is made of: ``word``, or ``phoneme`` (separated by blanks).
+    """
+
+    name: str
+    unit: str
+
+    def __call__(self, wavs: Waveforms, /) -> list[str]:
+        """Texts of the waveforms, B of them."""
+
+
+class LikelyRecognizer(Recognizer, Protocol):
+    """A recogniser that can say how likely a transcript is."""
+
+    def nll(self, wavs: Waveforms, texts: Sequence[str], /) -> list[tuple[float | None, int]]:
+        """Negative log-likelihood in nats of the true transcripts, and the tokens of each.
+
+        Arguments
+        ---------
+        wavs : Waveforms
+        texts : sequence of str
+            True transcripts, B of them.
+
+        Returns
+        -------
+        list of (float or None, int)
+            None where there is none, as of a waveform with a non-finite sample.
+        """
+
+
+def load_recognizer(source: str | Path) -> "CTCRecognizer | WhisperRecognizer":
     """Load the recogniser that ``source`` names, whatever its kind.
 
     Arguments
     ---------
-    source : str or Path or None
+    source : str or Path
         A folder written by ``recipes/train_asr.py`` (it holds ``asr.yaml``), a
         folder with a Whisper model as ``transformers`` saves it, or the hub name of
-        one. None: no recogniser, None is returned.
+        one.
 
     Returns
     -------
-    CTCRecognizer or WhisperRecognizer or None
+    CTCRecognizer or WhisperRecognizer
 
     Raises
     ------
@@ -79,8 +114,6 @@ def load_recognizer(source: str | Path | None) -> Any:
         The folder is missing or neither kind, its weights are missing or do not fit,
         or the hub cannot be asked.
     """
-    if source is None:
-        return None
     folder = Path(source).expanduser()
     if (folder / CONFIG_FILE).is_file():
         return CTCRecognizer(folder)
@@ -93,18 +126,16 @@ def load_recognizer(source: str | Path | None) -> Any:
 
 
 def likelihoods(
-    recognizer: Any, wavs: torch.Tensor, lengths: torch.Tensor, texts: list[str | None]
+    recognizer: Recognizer | None, wavs: Waveforms, texts: Sequence[str | None]
 ) -> list[dict]:
     """Negative log-likelihood of the transcripts that are there, as fields of a score line.
 
     Arguments
     ---------
-    recognizer : object
-        Of this module's interface.
-    wavs, lengths
-        [B, T], and [B] in samples.
-    texts : list of (str or None)
-        True transcripts; None where there is none.
+    recognizer : Recognizer or None
+    wavs : Waveforms
+    texts : sequence of (str or None)
+        True transcripts, B of them; None where there is none.
 
     Returns
     -------
@@ -113,15 +144,15 @@ def likelihoods(
         from a recogniser that gives no likelihood.
     """
     fields: list[dict] = [{} for _ in texts]
-    known = [i for i, text in enumerate(texts) if text is not None]
+    known = {i: text for i, text in enumerate(texts) if text is not None}
     if known and gives_likelihood(recognizer):
-        found = recognizer.nll(wavs[known], lengths[known], [texts[i] for i in known])
+        found = recognizer.nll(wavs.taken(torch.tensor(list(known))), list(known.values()))
         for i, (nll, tokens) in zip(known, found, strict=True):
             fields[i] = {"nll": nll, "tokens": tokens}
     return fields
 
 
-def gives_likelihood(recognizer: Any) -> bool:
+def gives_likelihood(recognizer: Recognizer | None) -> TypeGuard[LikelyRecognizer]:
     """Whether a recogniser can say how likely a transcript is."""
     return hasattr(recognizer, "nll")
 
@@ -163,10 +194,10 @@ class WhisperRecognizer:
             self.prompt += [generation.task_to_id["transcribe"]]
         self.prompt += [generation.no_timestamps_token_id]
 
-    def __call__(self, wavs: torch.Tensor, lengths: torch.Tensor | None = None) -> list[str]:
-        """Transcribe ``Waveforms``, or wavs [B, T] of lengths [B] samples."""
+    def __call__(self, wavs: Waveforms) -> list[str]:
+        """Transcribe waveforms."""
         texts = [""] * len(wavs)
-        items = _finite_items(wavs, lengths)
+        items = _finite_items(wavs)
         limit = self.SECONDS * SAMPLE_RATE
         short = [i for i in items if len(items[i]) <= limit]
         batches = [short] if short else []
@@ -214,9 +245,7 @@ class WhisperRecognizer:
         return [*tokens, self.tokenizer.eos_token_id]
 
     @torch.no_grad()
-    def nll(
-        self, wavs: torch.Tensor, lengths: torch.Tensor | None, texts: list[str]
-    ) -> list[tuple[float | None, int]]:
+    def nll(self, wavs: Waveforms, texts: Sequence[str]) -> list[tuple[float | None, int]]:
         """Teacher-forced cross-entropy of the transcripts, summed over their tokens.
 
         The decoder gets the start of transcript (language and task, if multilingual), no
@@ -225,9 +254,8 @@ class WhisperRecognizer:
 
         Arguments
         ---------
-        wavs, lengths
-            [B, T] and [B] in samples.
-        texts : list of str
+        wavs : Waveforms
+        texts : sequence of str
             True transcripts, B of them.
 
         Returns
@@ -239,15 +267,16 @@ class WhisperRecognizer:
         targets = [self.encode(text) for text in _texts(wavs, texts)]
         items = {
             i: wav
-            for i, wav in _finite_items(wavs, lengths).items()
+            for i, wav in _finite_items(wavs).items()
             if len(wav) <= self.SECONDS * SAMPLE_RATE
             and len(self.prompt) + len(targets[i]) - 1 <= self.model.config.max_target_positions
         }
         found: list[tuple[float | None, int]] = [(None, len(target)) for target in targets]
         if not items:
             return found
-        with torch.autocast(wavs.device.type, enabled=False), _quiet_transformers():
-            chosen = [torch.tensor(targets[i], device=wavs.device) for i in items]
+        device = wavs.data.device
+        with torch.autocast(device.type, enabled=False), _quiet_transformers():
+            chosen = [torch.tensor(targets[i], device=device) for i in items]
             # Padding is behind what is counted, where the causal decoder cannot look.
             target = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
             prompt = target.new_tensor(self.prompt).expand(len(chosen), -1)
@@ -301,10 +330,10 @@ class CTCRecognizer:
         self.head.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def __call__(self, wavs: torch.Tensor, lengths: torch.Tensor | None = None) -> list[str]:
+    def __call__(self, wavs: Waveforms) -> list[str]:
         """As of :class:`WhisperRecognizer`; "" for what is too short to be heard."""
         texts = [""] * len(wavs)
-        items = self._long_enough(wavs, lengths)
+        items = self._long_enough(wavs)
         if items:
             heard = self.tokenizer.greedy(*self._log_probs(list(items.values())))
             for i, text in zip(items, heard):
@@ -312,16 +341,13 @@ class CTCRecognizer:
         return texts
 
     @torch.no_grad()
-    def nll(
-        self, wavs: torch.Tensor, lengths: torch.Tensor | None, texts: list[str]
-    ) -> list[tuple[float | None, int]]:
+    def nll(self, wavs: Waveforms, texts: Sequence[str]) -> list[tuple[float | None, int]]:
         """CTC loss of the transcripts: of all paths that spell them.
 
         Arguments
         ---------
-        wavs, lengths
-            [B, T] and [B] in samples.
-        texts : list of str
+        wavs : Waveforms
+        texts : sequence of str
             True transcripts, B of them, which the tokenizer encodes.
 
         Returns
@@ -333,7 +359,7 @@ class CTCRecognizer:
         """
         targets = [self._encode(text) for text in _texts(wavs, texts)]
         found: list[tuple[float | None, int]] = [(None, len(t or ())) for t in targets]
-        items = self._long_enough(wavs, lengths)
+        items = self._long_enough(wavs)
         items = {i: wav for i, wav in items.items() if targets[i] is not None}
         if not items:
             return found
@@ -341,7 +367,7 @@ class CTCRecognizer:
         chosen = [torch.tensor(targets[i], dtype=torch.long) for i in items]
         losses = F.ctc_loss(
             log_probs.double().transpose(0, 1),
-            torch.cat(chosen).to(wavs.device),
+            torch.cat(chosen).to(log_probs.device),
             frames,
             torch.tensor([len(target) for target in chosen]),
             reduction="none",
@@ -356,8 +382,8 @@ class CTCRecognizer:
         except UserError:
             return None
 
-    def _long_enough(self, wavs, lengths):
-        items = _finite_items(wavs, lengths)
+    def _long_enough(self, wavs):
+        items = _finite_items(wavs)
         return {i: w for i, w in items.items() if len(w) >= self.encoder.receptive_field}
 
     def _log_probs(self, wavs):
@@ -396,7 +422,7 @@ class LogMel(nn.Module):
         self.register_buffer("taper", torch.hann_window(self.window))
 
     @property
-    def encoder(self) -> Any:
+    def encoder(self) -> Self:
         """The weights by which a recogniser knows its encoder: the filters."""
         return self
 
@@ -407,7 +433,7 @@ class LogMel(nn.Module):
         return windows.div(self.stacked, rounding_mode="floor").clamp(min=0)
 
     def hidden_states(
-        self, wavs: torch.Tensor | Waveforms, lengths: Any = None
+        self, wavs: torch.Tensor | Waveforms, lengths: Lengths | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """States [1, B, F, 240] and frame lengths [B] of ``Waveforms``, or of wavs [B, T]."""
         wavs = Waveforms.of(wavs, lengths)
@@ -469,7 +495,12 @@ class CTCHead(nn.Module):
         self.output = nn.Linear(2 * hidden if depth else hidden, num_outputs)
 
     @classmethod
-    def for_encoder(cls, encoder: Any, tokenizer: Any, **options: Any) -> Self:
+    def for_encoder(
+        cls,
+        encoder: Teacher | LogMel,
+        tokenizer: "CharacterTokenizer | PhonemeTokenizer",
+        **options: Any,
+    ) -> Self:
         """A head that fits a Teacher and a tokenizer; options as of the class."""
         return cls(encoder.num_layers + 1, encoder.dim, len(tokenizer), **options)
 
@@ -625,7 +656,7 @@ def save_recognizer(
     write_text(folder / CONFIG_FILE, text)
 
 
-def fingerprint(encoder: Any) -> str:
+def fingerprint(encoder: Teacher | LogMel) -> str:
     """Short hash of an encoder's weights: names, shapes and the first values of each tensor."""
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.encoder.state_dict().items()):
@@ -634,10 +665,14 @@ def fingerprint(encoder: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _finite_items(wavs, lengths):
+def _finite_items(wavs):
     """Waveforms [T] in float32 by their index in the batch; those not finite are left out."""
-    rows = enumerate(Waveforms.of(wavs, lengths).items())
-    items = {i: wav.detach().float() for i, wav in rows}
+    if not isinstance(wavs, Waveforms):
+        raise TypeError(
+            f"a recogniser takes Waveforms, got {type(wavs).__name__}; of a tensor [B, T] and "
+            "lengths [B], pi_finetune.lengths.Waveforms.of(wavs, lengths) makes them"
+        )
+    items = {i: wav.detach().float() for i, wav in enumerate(wavs.items())}
     return {i: wav for i, wav in items.items() if len(wav) and torch.isfinite(wav).all()}
 
 

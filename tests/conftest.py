@@ -1,5 +1,6 @@
 """Fixtures that stand in for a corpus and models: generated, tiny, of the real format."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -25,6 +26,15 @@ POSITION = {"position_seconds": 1.0, "position_rotations": 50}
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models: a second thread costs more than it brings, most of all on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip what needs an optional package that is not installed."""
+    for mark in item.iter_markers("needs"):
+        for package in mark.args:
+            if importlib.util.find_spec(package) is None:
+                pytest.skip(f"{package} is not installed")
 
 
 @pytest.fixture(scope="session")

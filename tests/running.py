@@ -48,11 +48,11 @@ class Parrot:
     what is heard beyond the end of an utterance all differ.
     """
 
-    name = "parrot"
+    name, unit = "parrot", "word"
     words = "one two three four five six seven".split()
 
-    def __call__(self, wavs, lengths):
-        return [self._say(wav[: int(length)].double()) for wav, length in zip(wavs, lengths)]
+    def __call__(self, wavs):
+        return [self._say(wav.double()) for wav in wavs.items()]
 
     def _say(self, wav):
         levels = [10 * part.square().mean().clamp(min=1e-10).log10() for part in wav.chunk(3)]
@@ -62,6 +62,6 @@ class Parrot:
 class LikelyParrot(Parrot):
     """One that finds a transcript the less likely the louder it is: nats depend on the waveform."""
 
-    def nll(self, wavs, lengths, texts):
-        levels = [float(wav[:n].square().mean()) for wav, n in zip(wavs, lengths)]
+    def nll(self, wavs, texts):
+        levels = [float(wav.square().mean()) for wav in wavs.items()]
         return [(1 + level, len(text.split())) for level, text in zip(levels, texts, strict=True)]

@@ -144,9 +144,9 @@ def tiny(pretrained, tmp_path, monkeypatch):
     heard = []
 
     class Counting(LikelyParrot):
-        def __call__(self, wavs, lengths):
+        def __call__(self, wavs):
             heard.append(len(wavs))
-            return super().__call__(wavs, lengths)
+            return super().__call__(wavs)
 
     monkeypatch.setattr("pi_finetune.inference.DEFAULT_MODEL", pretrained)
     monkeypatch.setattr("pi_finetune.results.evaluation.load_recognizer", lambda _: Counting())

@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 GUIDES = sorted(page for page in (DOCS / "howto").glob("*.md") if page.stem != "index")
 PAGES = [DOCS / "tutorial.md", *GUIDES]
+#: Optional packages that a page shows.
+SHOWN = {"corpus": ("lhotse", "datasets", "pyroomacoustics")}
 LONGEST = 30  # lines of a block
 
 
@@ -58,7 +60,10 @@ def run_shell(text):
             recipe(Path(words[1]).stem)([*words[2:], *options])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, id=p.stem, marks=pytest.mark.needs(*SHOWN.get(p.stem, ()))) for p in PAGES],
+)
 def test_a_page_runs(page, project):
     names, ran = {"__name__": "__main__"}, 0
     for language, text, line in blocks(page):

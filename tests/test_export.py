@@ -35,8 +35,8 @@ from pi_finetune.files import PROJECT_ROOT
 from pi_finetune.inference import DEFAULT_MODEL, Enhancer
 
 #: Optional packages: the rest is tested without them too.
-ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
-needs_onnx = pytest.mark.skipif(not ONNX, reason="onnx, onnxscript or onnxruntime is not installed")
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+HAS_ONNX = all(map(importlib.util.find_spec, ONNX))
 LENGTHS = (1, 300, 16000, 25777)
 
 
@@ -70,7 +70,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "model"
-    formats = ["speechbrain", "torch", *(["onnx"] if ONNX else [])]
+    formats = ["speechbrain", "torch", *(["onnx"] if HAS_ONNX else [])]
     assert cli.main(["export", str(run), "-o", str(folder), "--format", *formats]) == 0
     return folder
 
@@ -142,14 +142,14 @@ class TestFormats:
         loaded = Enhancer.from_run(exported, device="cpu")
         assert_same(loaded.module, enhancer)
 
-    @needs_onnx
+    @pytest.mark.needs(*ONNX)
     def test_onnx(self, exported, enhancer):
         assert_same(onnx(exported / "enhancer.onnx"), enhancer)
 
     def test_program(self, exported, enhancer):
         assert_same(torch.export.load(exported / "enhancer.pt2").module(), enhancer)
 
-    @needs_onnx
+    @pytest.mark.needs(*ONNX)
     def test_conv_tasnet_in_onnx(self, tmp_path):
         enhancer = conv_tasnet()
         save_enhancer(tmp_path / "run", enhancer.eval())
@@ -192,7 +192,7 @@ class TestCard:
         values = {r.metric_type: r.metric_value for r in card.data.eval_results}
         assert values == {"pesq": 2.625, "stoi": 0.75, "si_sdr": 2.0}
         assert card.data.license is None and "None was stated" in card.text
-        assert ("enhancer.onnx" in card.text) is ONNX and "enhancer.pt2" in card.text
+        assert ("enhancer.onnx" in card.text) is HAS_ONNX and "enhancer.pt2" in card.text
 
     def test_without_records_it_says_so(self, tmp_path):
         export_run(DEFAULT_MODEL, tmp_path / "out", license="cc-by-4.0")

@@ -15,6 +15,7 @@ from pi_finetune.results import declarations, metrics
 
 RATE = metrics.SAMPLE_RATE
 DNSMOS = ("dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl", "dnsmos_p808")
+needs_dnsmos = pytest.mark.needs(*declarations.CHOICES[DNSMOS[0]].packages)
 
 
 @pytest.fixture
@@ -165,6 +166,7 @@ def test_unequal_lengths_are_an_error(speech):
             score(speech[None], speech[None])
 
 
+@needs_dnsmos
 def test_without_a_reference_what_needs_one_is_none(speech):
     scores = metrics.signal_scores(None, speech, ("si_sdr", "dnsmos_ovrl", "pesq"))
     assert list(scores) == ["si_sdr", "dnsmos_ovrl", "pesq"]
@@ -175,6 +177,7 @@ def test_without_a_reference_what_needs_one_is_none(speech):
         metrics.signal_scores(speech, speech, ("pesq", "wer"))
 
 
+@needs_dnsmos
 def test_dnsmos_is_that_of_speechmos(speech):
     from speechmos import dnsmos
 
@@ -193,6 +196,7 @@ def test_dnsmos_is_that_of_speechmos(speech):
     assert silent == dict.fromkeys(DNSMOS)
 
 
+@pytest.mark.needs("librosa")
 @pytest.mark.parametrize("snr", [30, 0])
 def test_lsd_is_that_of_the_urgent_challenge(speech, snr):
     import librosa
@@ -260,6 +264,7 @@ def test_the_page_of_metrics_holds_the_declared_table():
     assert declarations.metrics_table() in page.read_text()
 
 
+@needs_dnsmos
 def test_a_metric_without_its_package_names_the_extra(monkeypatch):
     declarations.check_metrics(["pesq", "cer", *DNSMOS])
     find = importlib.util.find_spec
@@ -318,6 +323,7 @@ def test_wer_pools_words_and_passes_over_what_has_no_transcript():
     assert metrics.wer([metrics.word_errors("", "a")]) is None
 
 
+@pytest.mark.needs("gruut")
 def test_phoneme_errors_take_the_reference_to_phonemes():
     record = metrics.phoneme_errors("The cat!", "ð ə k æ p s")
     assert counts(record) == (4, 1, 0, 1) and record["unit"] == "phoneme"
@@ -328,6 +334,7 @@ def test_phoneme_errors_take_the_reference_to_phonemes():
         metrics.phoneme_errors("A", None)
 
 
+@pytest.mark.needs("gruut")
 def test_phoneme_error_rate_is_that_of_speechbrain():
     from speechbrain.utils.metric_stats import ErrorRateStats
 
@@ -342,12 +349,16 @@ def test_phoneme_error_rate_is_that_of_speechbrain():
     assert metrics.wer(records) == pytest.approx(stats.summarize()["WER"])
 
 
+@pytest.mark.needs("gruut")
 def test_errors_are_in_the_unit_of_the_recogniser():
     class Phones:
         unit = "phoneme"
 
+    class Words:
+        unit = "word"
+
     assert counts(metrics.recognition_errors(Phones(), "cat", "k æ t")) == (3, 0, 0, 0)
-    assert counts(metrics.recognition_errors(object(), "CAT", "cat")) == (1, 0, 0, 0)
+    assert counts(metrics.recognition_errors(Words(), "CAT", "cat")) == (1, 0, 0, 0)
 
 
 WORDS = st.lists(

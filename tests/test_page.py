@@ -1,6 +1,5 @@
 """The page of demo-page: what it computes, and in headless Chromium."""
 
-import importlib.util
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -13,9 +12,8 @@ from running import Parrot
 from pi_finetune import __main__ as cli
 from pi_finetune import page as pages
 from pi_finetune.errors import UserError
+from pi_finetune.lengths import Waveforms
 from pi_finetune.page import Page, read_mono
-
-GRADIO = importlib.util.find_spec("gradio") is not None
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ def test_enhance(page, recording):
     half = page.enhance(str(recording), "", 0.5)[1]
     np.testing.assert_allclose(half, (noisy + enhanced) / 2, atol=1e-6)
     assert told.count("<img") == 2 and told.count(" in 3 (") == 2
-    heard = Parrot()([torch.from_numpy(noisy)], [32000])[0]
+    heard = Parrot()(Waveforms.of(torch.from_numpy(noisy)[None]))[0]
     assert f"<td>{heard}</td>" in told
 
 
@@ -71,7 +69,7 @@ def test_bad_recordings(tmp_path, monkeypatch):
 
 def test_without_gradio(page, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    with pytest.raises(UserError, match="pip install gradio"):
+    with pytest.raises(UserError, match=r"demo-page needs .*'pi_finetune\[page\]'"):
         page.blocks()
 
 
@@ -87,7 +85,7 @@ def test_the_command(monkeypatch):
     assert seen == {"given": ("x", None, 0.8, False), "host": "127.0.0.1", "port": None}
 
 
-@pytest.mark.skipif(not GRADIO, reason="gradio is not installed")
+@pytest.mark.needs("gradio")
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_in_chromium(page, recording, tmp_path):
     server, address = page.launch(block=False)

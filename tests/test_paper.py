@@ -325,6 +325,7 @@ def check_all(results, strategies):
         assert all(strategy in table for strategy in strategies)
 
 
+@pytest.mark.needs("gruut")
 def test_the_whole_experiment_runs(tmp_path):
     """Narrow models, two strategies, in this process."""
     lines = ["extends: paper/ablation.yaml", "cluster: debug", "strategies:"]

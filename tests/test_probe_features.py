@@ -39,6 +39,7 @@ def corpus(tmp_path):
     return tmp_path
 
 
+@pytest.mark.needs("gruut")
 def test_table_of_a_teacher_and_log_mel(corpus, tmp_path, capsys):
     save_tiny_teacher(tmp_path / "teacher", seed=3)
     noise = 0.1 * np.random.default_rng(1).standard_normal(32000)

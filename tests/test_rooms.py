@@ -1,7 +1,5 @@
 """Rooms: speech convolved with impulse responses, the target being the early part."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import soundfile
@@ -20,10 +18,6 @@ from pi_finetune.data.rooms import (
 from pi_finetune.errors import UserError
 from pi_finetune.run_folder import data_digest
 from pi_finetune.seeding import utterance_rng
-
-needs_pyroomacoustics = pytest.mark.skipif(
-    importlib.util.find_spec("pyroomacoustics") is None, reason="pyroomacoustics is not installed"
-)
 
 
 def decaying(delay=100, length=6000, seed=0):
@@ -191,7 +185,7 @@ class TestFolder:
             FolderRIRs(tmp_path, "train").draw(np.random.default_rng(0))
 
 
-@needs_pyroomacoustics
+@pytest.mark.needs("pyroomacoustics")
 class TestSimulated:
     def test_reproducible_and_different(self):
         rooms = SimulatedRIRs()

@@ -7,6 +7,7 @@ import torch
 
 from pi_finetune.data.loading import load_pairs
 from pi_finetune.enhancers import load_enhancer
+from pi_finetune.lengths import Waveforms
 from pi_finetune.recognizers import load_recognizer
 from pi_finetune.results import metrics
 from pi_finetune.teacher import Teacher
@@ -37,7 +38,7 @@ def test_the_recogniser_hears_words(pairs):
     recognizer = load_recognizer(ASSETS / "models/asr")
     words = []
     for pair in pairs:
-        text = recognizer(pair["clean"][None], torch.tensor([len(pair["clean"])]))[0]
+        text = recognizer(Waveforms.of(pair["clean"][None]))[0]
         words.append(metrics.word_errors(pair["text"], text))
     assert metrics.wer(words) < 90
 

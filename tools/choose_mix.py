@@ -22,6 +22,7 @@ from pi_finetune.data.loading import load_pairs
 from pi_finetune.enhancers import load_enhancer
 from pi_finetune.enhancers.base import mixed
 from pi_finetune.errors import command
+from pi_finetune.lengths import Waveforms
 from pi_finetune.recognizers import load_recognizer
 from pi_finetune.results import metrics
 from pi_finetune.results.statistics import bootstrap_ratio
@@ -66,8 +67,7 @@ def main(argv=None):
         with torch.no_grad():
             enhanced = enhancer(noisy[None], length)[0]
         wavs = torch.stack([noisy, *(mixed(enhanced, noisy, mix) for mix in args.mixes)])
-        lengths, texts = length.expand(len(wavs)), [pair["text"]] * len(wavs)
-        found.append(recognizer.nll(wavs, lengths, texts))
+        found.append(recognizer.nll(Waveforms.of(wavs), [pair["text"]] * len(wavs)))
         clean = pair["clean"].numpy()
         power = wavs.square().sum(1) / pair["clean"].square().sum()
         heard.append([[metrics.pesq_wb(clean, wav.numpy()) for wav in wavs], 10 * power.log10()])

@@ -121,8 +121,8 @@ class EnhancementBrain(UpdateBrain):
             waiting.append(self.pool.submit(utterance, own["clean"], own["enhanced"]))
         texts: list = [None] * len(enhanced)
         if self.with_wer:
-            texts = self.recognizer(enhanced.data, enhanced.lengths)
-        nlls = likelihoods(self.recognizer, enhanced.data, enhanced.lengths, batch.text)
+            texts = self.recognizer(enhanced)
+        nlls = likelihoods(self.recognizer, enhanced, batch.text)
         for i, signal in enumerate(waiting):
             score = {"signal": signal, "objective": float(losses[i]), "likelihood": nlls[i]}
             if self.with_wer and batch.text[i] is not None:

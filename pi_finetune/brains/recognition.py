@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,12 @@ from pi_finetune.distributed import rank
 from pi_finetune.errors import UserError
 from pi_finetune.files import write_text
 from pi_finetune.lengths import Waveforms, shares
-from pi_finetune.recognizers import save_recognizer
+from pi_finetune.recognizers import (
+    CharacterTokenizer,
+    PhonemeTokenizer,
+    Recognizer,
+    save_recognizer,
+)
 from pi_finetune.results import metrics
 from pi_finetune.seeding import utterance_rng
 
@@ -258,13 +263,13 @@ class RecognitionBrain(UpdateBrain):
         self.checkpointer.save_and_keep_only(meta=record, min_keys=[rate], num_to_keep=1)
 
 
-def error_rate(recognizer: Any) -> str:
+def error_rate(recognizer: Recognizer | CharacterTokenizer | PhonemeTokenizer) -> str:
     """``wer`` or ``per``: what the errors of a recogniser (or of its tokenizer) add up to."""
-    return {"word": "wer", "phoneme": "per"}[getattr(recognizer, "unit", "word")]
+    return {"word": "wer", "phoneme": "per"}[recognizer.unit]
 
 
 def transcribe_set(
-    recognizer: Callable,
+    recognizer: Recognizer,
     manifest: dict,
     mixer: NoiseMixer | None = None,
     snr: float | None = None,
@@ -277,8 +282,7 @@ def transcribe_set(
 
     Arguments
     ---------
-    recognizer : callable
-        ``(Waveforms) -> list[str]``.
+    recognizer : Recognizer
     manifest : dict
         Utterances without a transcript are passed over.
     mixer : NoiseMixer, optional

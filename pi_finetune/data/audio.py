@@ -61,7 +61,7 @@ class Member:
     def __str__(self):
         return f"{self.shard}: {self.name}"
 
-    def open(self) -> Any:
+    def open(self) -> io.BytesIO:
         """Its bytes as a file."""
         with open(self.shard, "rb") as file:
             file.seek(self.offset)
@@ -92,7 +92,7 @@ class Converted:
         return self.convert(self.described)
 
 
-def source_of(path: Any) -> Any:
+def source_of(path: "str | Path | Member | Converted") -> str | io.BytesIO:
     """What libsndfile opens: the path as text, or the bytes of a :class:`Member`."""
     return path.open() if isinstance(path, Member) else str(path)
 
@@ -156,7 +156,7 @@ def read_audio(
     return wav
 
 
-def libsndfile_says(error: Any) -> str:
+def libsndfile_says(error: BaseException) -> str:
     """The reason in an error of soundfile, without the path and its bytes."""
     return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".")
 

@@ -23,7 +23,7 @@ import torch
 
 from pi_finetune.data.audio import SAMPLE_RATE, Converted, find_audio, libsndfile_says, resample
 from pi_finetune.data.texts import read_lines, read_table, read_transcripts
-from pi_finetune.errors import UserError
+from pi_finetune.errors import UserError, optional
 from pi_finetune.files import shown
 
 __all__ = ["is_listed", "prepare_listed", "prepare_recordings", "read_recording"]
@@ -51,9 +51,9 @@ def prepare_recordings(
           the working folder, as in Kaldi, or else to that of ``wav.scp``;
         - ``NAME.csv`` as SpeechBrain has it, with columns ``ID``, ``wav`` and perhaps ``duration``,
           ``wrd``, ``spk_id``, ``start`` and ``stop`` (seconds); ``$data_root`` is its folder;
-        - ``NAME.jsonl`` or ``NAME.jsonl.gz``, cuts of lhotse (needs ``pip install lhotse``);
+        - ``NAME.jsonl`` or ``NAME.jsonl.gz``, cuts of lhotse (needs the extra ``corpora``);
         - ``hf:NAME`` or ``hf:NAME:SPLIT``, a data set of the hub, which is read from the cache
-          alone with HF_HUB_OFFLINE=1 (needs ``pip install datasets``);
+          alone with HF_HUB_OFFLINE=1 (needs the extra ``corpora``);
         - any other folder of audio files, with LibriSpeech's ``*.trans.txt`` or without.
     splits : list of str, optional
         For such other folders: names or patterns of the folders in ``source`` that are taken.
@@ -300,7 +300,7 @@ class HubAudio:
     def __str__(self):
         return self.name
 
-    def open(self) -> Any:
+    def open(self) -> io.BytesIO:
         """Its bytes as a file."""
         held = self.dataset[self.index][self.column]
         return io.BytesIO(held["bytes"] or Path(held["path"]).read_bytes())
@@ -457,12 +457,7 @@ def _from_csv(path):
 
 
 def _from_lhotse(path):
-    try:
-        from lhotse.serialization import deserialize_item
-    except ImportError:
-        raise UserError(
-            f"{shown(path)}: cuts are read by lhotse, which is missing: pip install lhotse"
-        ) from None
+    lhotse = optional("lhotse.serialization", "corpora", f"{shown(path)} (cuts of lhotse)")
     manifest: dict = {}
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -473,7 +468,7 @@ def _from_lhotse(path):
     for number, line in lines:
         place = f"{shown(path)}, line {number}"
         try:
-            cut = deserialize_item(json.loads(line))
+            cut = lhotse.deserialize_item(json.loads(line))
         except Exception as error:  # lhotse's constructors raise anything
             raise UserError(f"{place}: is no cut of lhotse ({error!r}).") from None
         sources: Any = getattr(getattr(cut, "recording", None), "sources", ())
@@ -506,10 +501,7 @@ _SPEAKERS = ("speaker_id", "speaker", "client_id")
 
 
 def _from_hub(name, splits=None):
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{name}: needs a package that is missing: pip install datasets") from None
+    datasets = optional("datasets", "corpora", name)
     _, rest = name.split(":", 1)
     dataset_name, _, split = rest.partition(":")
     try:

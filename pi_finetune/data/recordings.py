@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -71,7 +70,9 @@ class Recordings(Dataset):
         }
 
 
-def load_recordings(source: str | Path, channel: Any = None, count: int | None = None) -> Any:
+def load_recordings(
+    source: str | Path, channel: int | None = None, count: int | None = None
+) -> Recordings:
     """The data set of some recordings, for use in YAML.
 
     Arguments

@@ -9,7 +9,6 @@ import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -17,7 +16,7 @@ import torch
 from scipy.signal import fftconvolve
 
 from pi_finetune.data.audio import SAMPLE_RATE, find_audio, libsndfile_says, resample
-from pi_finetune.errors import UserError
+from pi_finetune.errors import UserError, optional
 
 __all__ = ["FolderRIRs", "Reverberator", "SimulatedRIRs", "load_reverberator", "reverberate"]
 
@@ -42,7 +41,12 @@ class Reverberator:
         that the clarity index C50 uses (ISO 3382-1).
     """
 
-    def __init__(self, rirs: Any, probability: float = 1.0, early_seconds: float = 0.05):
+    def __init__(
+        self,
+        rirs: "FolderRIRs | SimulatedRIRs",
+        probability: float = 1.0,
+        early_seconds: float = 0.05,
+    ):
         if not 0 <= probability <= 1:
             raise UserError(f"rir_probability: {probability} must be a share from 0 to 1.")
         if not early_seconds > 0:
@@ -185,13 +189,7 @@ class SimulatedRIRs:
     """
 
     def __init__(self, rt60: Sequence[float] = (0.2, 0.8), max_order: int = 20):
-        try:
-            import pyroomacoustics  # noqa: F401
-        except ImportError:
-            raise UserError(
-                f"rir_folder: {SIMULATED} needs a package that is missing: "
-                "pip install pyroomacoustics"
-            ) from None
+        optional("pyroomacoustics", "rooms", f"rir_folder: {SIMULATED}")
         self.rt60 = [float(seconds) for seconds in rt60]
         self.max_order = max_order
 
@@ -230,7 +228,7 @@ def load_reverberator(
     probability: float = 1.0,
     early_seconds: float = 0.05,
     rt60: Sequence[float] = (0.2, 0.8),
-) -> Any:
+) -> Reverberator | None:
     """The reverberation that an experiment declares.
 
     Arguments

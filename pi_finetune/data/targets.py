@@ -5,8 +5,9 @@ that model can be any :class:`~pi_finetune.teacher.Teacher`.
 """
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from pi_finetune.files import replacing
 from pi_finetune.lengths import Waveforms
 from pi_finetune.seeding import utterance_rng
 from pi_finetune.teacher import Teacher
+
+if TYPE_CHECKING:
+    from pi_finetune.data.mixing import Interference
 
 __all__ = [
     "HOP",
@@ -57,7 +61,7 @@ class MFCCFeatures:
             melkwargs={"n_fft": FIELD, "hop_length": HOP, "n_mels": 40, "center": False},
         )
 
-    def __call__(self, wavs: torch.Tensor, frames: Any) -> Any:
+    def __call__(self, wavs: Sequence[torch.Tensor], frames: Sequence[int]) -> list[torch.Tensor]:
         """List of [T] waveforms to list of [frames[i], 39] features."""
         features = []
         for wav in wavs:
@@ -73,7 +77,7 @@ class TeacherFeatures:
 
     window = 500  # frames, 10 s: what a Whisper encoder takes, and little attention to pay for
 
-    def __init__(self, source: str, layers: Any):
+    def __init__(self, source: str, layers: int | Sequence[int]):
         self.teacher = Teacher(source, layers)
         if self.teacher.hop != HOP:
             raise UserError(f"targets_source '{source}' has hop {self.teacher.hop}, not {HOP}")
@@ -81,7 +85,7 @@ class TeacherFeatures:
         self.shift = FIELD // 2 if self.teacher.family == "whisper" else 0
 
     @torch.no_grad()
-    def __call__(self, wavs: torch.Tensor, frames: Any) -> Any:
+    def __call__(self, wavs: Sequence[torch.Tensor], frames: Sequence[int]) -> list[torch.Tensor]:
         """List of [T] waveforms to list of [frames[i], D] features."""
         wavs = [wav[self.shift :] for wav in wavs]
         needed = [max(self.teacher.receptive_field, n * HOP + FIELD - HOP) for n in frames]
@@ -275,7 +279,7 @@ class MaskedSpeech(Dataset):
         mask_probability: float,
         mask_span: int,
         seed: int,
-        interference: Any = None,
+        interference: "Interference | None" = None,
     ):
         self.manifest = manifest
         self.targets = targets

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from pi_finetune.data.loading import collate
 from pi_finetune.diagnostics.views import Offset
 from pi_finetune.errors import UserError
 from pi_finetune.files import json_number
-from pi_finetune.lengths import as_pair
+from pi_finetune.lengths import Lengths, Waveforms, as_pair
 from pi_finetune.objectives import RepresentationObjective
 from pi_finetune.results.statistics import Interval, bootstrap_ratio, ratio_fields
 from pi_finetune.seeding import perturbation_rngs
@@ -47,9 +47,9 @@ class MismatchedTargets(torch.nn.Module):
 
     def forward(
         self,
-        enhanced: Any,
-        clean: Any,
-        lengths: torch.Tensor | None = None,
+        enhanced: torch.Tensor | Waveforms,
+        clean: torch.Tensor | Waveforms,
+        lengths: Lengths | None = None,
         rngs: Sequence[np.random.Generator] | None = None,
     ) -> torch.Tensor:
         """As of the objective; B is at least 2."""
@@ -82,7 +82,7 @@ def held_out_losses(
     pairs: "SpeechPairs",
     batch_size: int = 4,
     seed: int = 0,
-    device: Any = "cpu",
+    device: str | torch.device = "cpu",
 ) -> np.ndarray:
     """An objective on development mixtures, with perturbations as validation draws them.
 

@@ -21,7 +21,7 @@ from pi_finetune.data.audio import SAMPLE_RATE, is_silent, read_audio
 from pi_finetune.data.corpora import prepare_speech
 from pi_finetune.data.loading import choose
 from pi_finetune.errors import UserError
-from pi_finetune.lengths import Waveforms
+from pi_finetune.lengths import Lengths, Waveforms
 from pi_finetune.objectives import RepresentationObjective
 from pi_finetune.perturbations import NoPerturbation
 from pi_finetune.seeding import utterance_rng
@@ -226,7 +226,7 @@ class Offset:
     def __call__(
         self,
         wavs: torch.Tensor | Waveforms,
-        lengths: Any = None,
+        lengths: Lengths | None = None,
         rngs: Any = None,
     ) -> Waveforms:
         inner = self.perturbation(wavs, lengths, rngs)

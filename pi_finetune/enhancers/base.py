@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pi_finetune.lengths import Waveforms, length_mask, on_device
+from pi_finetune.lengths import Lengths, Waveforms, length_mask, on_device
 
 __all__ = ["REGISTRY", "SAMPLE_RATE", "WaveformEnhancer", "rms"]
 
@@ -84,10 +84,10 @@ class WaveformEnhancer(nn.Module):
     def forward(self, wavs: Waveforms) -> Waveforms: ...
 
     @overload
-    def forward(self, wavs: Tensor, lengths: Any = None) -> Tensor: ...
+    def forward(self, wavs: Tensor, lengths: Lengths | None = None) -> Tensor: ...
 
     def forward(
-        self, wavs: Waveforms | torch.Tensor, lengths: Any = None
+        self, wavs: Waveforms | torch.Tensor, lengths: Lengths | None = None
     ) -> Waveforms | torch.Tensor:
         """Enhance a batch.
 

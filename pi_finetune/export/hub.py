@@ -1,8 +1,9 @@
 """A run as a repository of the hub."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
@@ -40,16 +41,16 @@ class Pushed(NamedTuple):
 
 
 def push_run(
-    run: Any,
+    run: str | Path,
     repo: str,
-    formats: Any = ("speechbrain",),
+    formats: Sequence[str] = ("speechbrain",),
     trust: bool = False,
-    license: Any = None,
+    license: str | None = None,
     private: bool | None = None,
     message: str | None = None,
     dry_run: bool = False,
-    api: Any = None,
-) -> Any:
+    api: HfApi | None = None,
+) -> Pushed:
     """Export a run and upload it as a model to the hub, in one commit.
 
     Arguments

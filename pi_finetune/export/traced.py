@@ -1,7 +1,6 @@
 """An enhancer as an ONNX graph and as a ``torch.export`` program."""
 
 import copy
-import importlib.util
 import math
 import warnings
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import nn
 from pi_finetune.enhancers import (
     SpeechBrainEnhancer,
 )
-from pi_finetune.errors import UserError
+from pi_finetune.errors import UserError, optional
 from pi_finetune.files import replacing
 
 if TYPE_CHECKING:
@@ -153,8 +152,8 @@ def write_onnx(path: str | Path, program: torch.export.ExportedProgram) -> None:
     UserError
         A package is missing.
     """
-    if importlib.util.find_spec("onnxscript") is None:
-        raise UserError("--format onnx needs two more packages: pip install onnx onnxscript.")
+    for package in ("onnx", "onnxscript"):
+        optional(package, "onnx", "--format onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = torch.onnx.export(

@@ -2,7 +2,7 @@
 
 import io
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
@@ -40,7 +40,7 @@ class Example:
     reference: str | None
     versions: list[Version]
 
-    def wav(self, system: str) -> Any:
+    def wav(self, system: str) -> np.ndarray | None:
         """Waveform [T] of a system's version; None if there is none."""
         return next((v.wav for v in self.versions if v.system == system), None)
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pi_finetune.report.tables import number, signed
 from pi_finetune.results.comparison import FEW_RECORDINGS
@@ -36,7 +36,7 @@ class Verdict:
     text: str
 
 
-def verdict(comparison: "Comparison", labels: dict) -> Any:
+def verdict(comparison: "Comparison", labels: dict) -> Verdict:
     """Judge models against the noisy speech by the word errors of a recogniser.
 
     A system is recommended where its difference in word errors is significant after Holm's

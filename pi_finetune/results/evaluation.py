@@ -20,14 +20,15 @@ from pi_finetune.distributed import on_main, processes, rank
 from pi_finetune.enhancers import mixed
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing, write_text
-from pi_finetune.recognizers import likelihoods, load_recognizer
+from pi_finetune.recognizers import Recognizer, likelihoods, load_recognizer
 from pi_finetune.results import metrics
 from pi_finetune.results.declarations import CER, CHOICES, WAVEFORM_METRICS, without_reference
 from pi_finetune.results.handover import SavedAudio
 from pi_finetune.results.pool import ScorePool
 
 if TYPE_CHECKING:
-    pass
+    from pi_finetune.data.loading import SpeechPairs
+    from pi_finetune.data.recordings import Recordings
 
 __all__ = ["evaluate_system", "load_recognizers"]
 
@@ -35,7 +36,7 @@ __all__ = ["evaluate_system", "load_recognizers"]
 logger = logging.getLogger(__name__)
 
 
-def load_recognizers(sources: str | list[str] | None) -> list:
+def load_recognizers(sources: str | list[str] | None) -> list[Recognizer]:
     """Load recognisers for use in YAML.
 
     Arguments
@@ -54,7 +55,7 @@ def load_recognizers(sources: str | list[str] | None) -> list:
         Two have the same name, under which both would keep their scores.
     """
     sources = [sources] if isinstance(sources, str) else sources or []
-    recognizers = [load_recognizer(str(source)) for source in sources]
+    recognizers: list[Recognizer] = [load_recognizer(str(source)) for source in sources]
     named: dict = {}
     for source, recognizer in zip(sources, recognizers):
         if recognizer.name in named:
@@ -72,7 +73,11 @@ LONG_SECONDS = 60
 
 
 def evaluate_system(
-    folder: str | Path, enhancer: Any, pairs: Any, recognizers: Any, **options: Any
+    folder: str | Path,
+    enhancer: Callable | str | None,
+    pairs: "SpeechPairs | Recordings",
+    recognizers: Sequence[Recognizer],
+    **options: Any,
 ) -> Path:
     """Score a system and write ``FOLDER/scores/TEST_SET.jsonl``.
 
@@ -94,19 +99,19 @@ def evaluate_system(
 def evaluate_mixes(
     folders: dict,
     enhancer: Callable | str | None,
-    pairs: Any,
-    recognizers: list,
+    pairs: "SpeechPairs | Recordings",
+    recognizers: Sequence[Recognizer],
     test_set: str = "test",
     batch_size: int = 4,
-    workers: Any = 0,
+    workers: int | None = 0,
     num_workers: int = 0,
     audio_examples: int = 0,
     overwrite: bool = False,
-    device: Any = "cpu",
+    device: "str | torch.device" = "cpu",
     save_audio: str | Path | None = None,
-    bar: Any = None,
+    bar: tqdm | None = None,
     max_batch_seconds: float | None = None,
-    names: Any = None,
+    names: Sequence[str] | None = None,
     measures: dict | None = None,
 ) -> list[Path]:
     """Score systems that differ in the share of the enhanced signal; speech is enhanced once.
@@ -337,11 +342,11 @@ def _score(system, batch, rows, wavs, recognizers, pool, measures, characters):
         The signal scores, and what a line has before and after them: of the recognisers, with
         character errors if asked for, and of the measures.
     """
-    given, texts = (wavs.data, wavs.lengths), [batch.text[row] for row in rows]
+    texts = [batch.text[row] for row in rows]
     clean = _numpy(batch.clean, rows) if hasattr(batch, "clean") else [None] * len(rows)
     estimates = _numpy(wavs)
     signals = [pool.submit(batch.id[row], *pair) for row, *pair in zip(rows, clean, estimates)]
-    heard = [(r, r(*given), likelihoods(r, *given, texts)) for r in recognizers]
+    heard = [(r, r(wavs), likelihoods(r, wavs, texts)) for r in recognizers]
     found = {}
     if measures:
         reference = batch.clean.taken(torch.tensor(rows)).to(wavs.data.device)
@@ -373,7 +378,7 @@ def _score(system, batch, rows, wavs, recognizers, pool, measures, characters):
 
 def _errors(recognizer, reference, hypothesis, characters):
     errors = metrics.recognition_errors(recognizer, reference, hypothesis)
-    if characters and getattr(recognizer, "unit", "word") == "word":
+    if characters and recognizer.unit == "word":
         errors |= metrics.character_errors(reference, hypothesis)
     return errors
 

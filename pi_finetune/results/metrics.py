@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pesq import pesq
@@ -17,10 +17,13 @@ from pystoi import utils as stoi_parts
 from pystoi.stoi import BETA, DYN_RANGE, FS, N_FRAME, NFFT, NUMBAND, OBM
 from pystoi.stoi import N as SEGMENT
 
+from pi_finetune.errors import optional
 from pi_finetune.results.declarations import NLL, SIGNAL_METRICS, WAVEFORM_METRICS, WER
 
 if TYPE_CHECKING:
     import torch
+
+    from pi_finetune.recognizers import CharacterTokenizer, PhonemeTokenizer, Recognizer
 
 __all__ = [
     "DEV_SCORES",
@@ -278,16 +281,15 @@ def _frames(wav, size, hop):
 @functools.cache
 def _dnsmos():
     """The models of ``speechmos``, on one thread: utterances are scored side by side."""
-    from onnxruntime import InferenceSession, SessionOptions
-    from speechmos import dnsmos
-
-    options = SessionOptions()
+    dnsmos = optional("speechmos.dnsmos", "metrics", "DNSMOS")
+    runtime = optional("onnxruntime", "metrics", "DNSMOS")
+    options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    folder = Path(dnsmos.__file__).parent / "dnsmos_models"
+    folder = Path(str(dnsmos.__file__)).parent / "dnsmos_models"
     model = dnsmos.DNSMOS.__new__(dnsmos.DNSMOS)  # its own sessions take all threads there are
-    model.onnx_sess = InferenceSession(folder / "sig_bak_ovr.onnx", options)
-    model.p808_onnx_sess = InferenceSession(folder / "model_v8.onnx", options)
+    model.onnx_sess = runtime.InferenceSession(folder / "sig_bak_ovr.onnx", options)
+    model.p808_onnx_sess = runtime.InferenceSession(folder / "model_v8.onnx", options)
     return model
 
 
@@ -504,13 +506,17 @@ def token_errors(reference: str, hypothesis: str) -> int:
     return counts["substitutions"] + counts["deletions"] + counts["insertions"]
 
 
-def recognition_errors(recognizer: Any, reference: str, hypothesis: str) -> dict:
+def recognition_errors(
+    recognizer: "Recognizer | CharacterTokenizer | PhonemeTokenizer",
+    reference: str,
+    hypothesis: str,
+) -> dict:
     """Errors of one utterance in the unit that a recogniser writes.
 
     Arguments
     ---------
-    recognizer : object
-        Its attribute ``unit`` says which: ``word`` (also if it has none) or ``phoneme``.
+    recognizer : Recognizer, CharacterTokenizer or PhonemeTokenizer
+        Its attribute ``unit`` says which: ``word`` or ``phoneme``.
     reference, hypothesis : str
         Raw text of the utterance, and what the recogniser wrote.
 
@@ -520,7 +526,7 @@ def recognition_errors(recognizer: Any, reference: str, hypothesis: str) -> dict
         Of :func:`word_errors` or :func:`phoneme_errors`.
     """
     errors = {"word": word_errors, "phoneme": phoneme_errors}
-    return errors[getattr(recognizer, "unit", "word")](reference, hypothesis)
+    return errors[recognizer.unit](reference, hypothesis)
 
 
 def _check_texts(reference, hypothesis):

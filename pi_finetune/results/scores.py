@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -162,11 +162,13 @@ class MetricScores:
         """Seeds of a strategy that have this metric."""
         return [seed for name, seed in self.values if name == strategy]
 
-    def stacked(self, strategy: str, only: Any = slice(None)) -> np.ndarray:
+    def stacked(self, strategy: str, only: slice | np.ndarray = slice(None)) -> np.ndarray:
         """Numerators [S, U] of a strategy, of the utterances that ``only`` picks."""
         return np.stack([self.values[strategy, seed][only] for seed in self.seeds(strategy)])
 
-    def mean(self, strategy: str, seed: int | None = None, only: Any = slice(None)) -> float | None:
+    def mean(
+        self, strategy: str, seed: int | None = None, only: slice | np.ndarray = slice(None)
+    ) -> float | None:
         """Score of a run, or the mean over a strategy's seeds; None without weight."""
         weight = self.weights[only].sum()
         seeds = self.seeds(strategy) if seed is None else [seed]
@@ -175,7 +177,7 @@ class MetricScores:
         return float(np.mean([self.values[strategy, s][only].sum() for s in seeds]) / weight)
 
     def resampling_units(
-        self, strategy: str, only: Any = slice(None)
+        self, strategy: str, only: slice | np.ndarray = slice(None)
     ) -> tuple[np.ndarray, np.ndarray]:
         """Numerators [S, U'] and weights [U'] per unit: what a bootstrap may resample."""
         _, unit = np.unique(self.units[only], return_inverse=True)

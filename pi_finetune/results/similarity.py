@@ -7,7 +7,7 @@ of the utterances, and what recognisers heard in the enhanced speech, ``{name: t
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from pi_finetune.phonemes import phonemes
 from pi_finetune.results.metrics import SILENCE, token_errors
 
 if TYPE_CHECKING:
+    from pi_finetune.recognizers import Recognizer
     from pi_finetune.teacher import Teacher
 
 __all__ = [
@@ -32,7 +33,7 @@ __all__ = [
 def load_measures(
     names: Sequence[str],
     teacher: Callable | None = None,
-    recognizers: Sequence = (),
+    recognizers: "Sequence[Recognizer]" = (),
     speaker_source: str | None = None,
     trust: bool = False,
 ) -> dict:
@@ -44,7 +45,7 @@ def load_measures(
         Metrics; those that need no model are passed over.
     teacher : callable, optional
         Makes the :class:`~pi_finetune.teacher.Teacher` of ``speech_bert_score``.
-    recognizers : list
+    recognizers : sequence of Recognizer
         The first that writes phonemes, else the first, is that of ``phoneme_similarity``.
     speaker_source : str, optional
         Folder of the model of ``speaker_similarity``, as SpeechBrain publishes
@@ -70,7 +71,7 @@ def load_measures(
     if "phoneme_similarity" in names:
         if not recognizers:
             raise UserError("metrics: phoneme_similarity needs a recogniser; set asr_source.")
-        of_phonemes = (r for r in recognizers if getattr(r, "unit", "word") == "phoneme")
+        of_phonemes = (r for r in recognizers if r.unit == "phoneme")
         recognizer = next(of_phonemes, recognizers[0])
         measures["phoneme_similarity"] = PhonemeSimilarity(recognizer)
     if "speaker_similarity" in names:
@@ -96,7 +97,7 @@ class SpeechBERTScore:
 
     @torch.no_grad()
     def __call__(
-        self, clean: Any, enhanced: Any, ids: Sequence[str], heard: dict
+        self, clean: Waveforms, enhanced: Waveforms, ids: Sequence[str], heard: dict
     ) -> list[float | None]:
         """See the module."""
         longest = self.teacher.max_length or float("inf")
@@ -141,25 +142,24 @@ class PhonemeSimilarity:
 
     Arguments
     ---------
-    recognizer : object
-        Of :mod:`pi_finetune.recognizers`.
+    recognizer : Recognizer
     """
 
-    def __init__(self, recognizer: Any):
+    def __init__(self, recognizer: "Recognizer"):
         self.recognizer = recognizer
         self.source = recognizer.name
         self._clean: dict = {}  # of clean speech, which is the same for every system
 
     def __call__(
-        self, clean: Any, enhanced: Any, ids: Sequence[str], heard: dict
+        self, clean: Waveforms, enhanced: Waveforms, ids: Sequence[str], heard: dict
     ) -> list[float | None]:
         """See the module."""
         pairs = _audible(clean, enhanced)
         new = [i for i in pairs if ids[i] not in self._clean]
         if new:
-            texts = self.recognizer(clean.data[new], clean.lengths[new])
+            texts = self.recognizer(clean.taken(torch.tensor(new)))
             self._clean |= {ids[i]: self._phonemes(text) for i, text in zip(new, texts)}
-        texts = heard.get(self.recognizer.name) or self.recognizer(enhanced.data, enhanced.lengths)
+        texts = heard.get(self.recognizer.name) or self.recognizer(enhanced)
         scores: list[float | None] = [None] * len(ids)
         for i in pairs:
             reference = self._clean[ids[i]]
@@ -170,8 +170,7 @@ class PhonemeSimilarity:
         return scores
 
     def _phonemes(self, text):
-        is_phonemes = getattr(self.recognizer, "unit", "word") == "phoneme"
-        return text.split() if is_phonemes else phonemes(text)
+        return text.split() if self.recognizer.unit == "phoneme" else phonemes(text)
 
 
 class SpeakerSimilarity:
@@ -219,7 +218,7 @@ class SpeakerSimilarity:
 
     @torch.no_grad()
     def __call__(
-        self, clean: Any, enhanced: Any, ids: Sequence[str], heard: dict
+        self, clean: Waveforms, enhanced: Waveforms, ids: Sequence[str], heard: dict
     ) -> list[float | None]:
         """See the module."""
         device = clean.data.device
