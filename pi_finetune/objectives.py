@@ -309,14 +309,17 @@ class RepresentationObjective(nn.Module):
     ) -> Tensor:
         enhanced, clean = as_pair(enhanced, clean, lengths)
         y = self.represent_clean(clean, rngs)
-        x = self.represent(enhanced, rngs, self._perturbation_of("enhanced"))
-        return self.distance(*x, *y)
+        return self.distance(*self.represent_enhanced(enhanced, rngs), *y)
 
     def _perturbation_of(self, branch: str) -> Perturbation:
         return self.perturbation if branch == self.perturbed_branch else self._plain
 
     def _projected(self, reps: Tensor, frame_lengths: Tensor) -> tuple[Tensor, Tensor]:
         return reps if self.projection is None else self.projection(reps), frame_lengths
+
+    def represent_enhanced(self, enhanced: Waveforms, rngs: Rngs) -> tuple[Tensor, Tensor]:
+        """As :meth:`represent`, of the enhanced branch with its perturbation."""
+        return self.represent(enhanced, rngs, self._perturbation_of("enhanced"))
 
     def represent_clean(self, clean: Waveforms, rngs: Rngs) -> tuple[Tensor, Tensor]:
         """As :meth:`represent`, of the clean branch: no gradient, and kept where that is asked."""
