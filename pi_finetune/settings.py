@@ -231,6 +231,11 @@ SETTINGS = _table(
     wer_every=(or_null(COUNT), "validations between those with WER", MAY_CHANGE),
     batch_size=(COUNT, "utterances in a batch", MAY_CHANGE),
     max_batch_seconds=(or_null(SECONDS), "most seconds in a batch", MAY_CHANGE),
+    valid_metrics=(
+        sequence(TEXT, "metrics, e.g. [stoi, si_sdr]"),
+        "signal scores of a validation",
+        MAY_CHANGE,
+    ),
     valid_batch_size=(COUNT, "dev utterances in a batch", IRRELEVANT),
     lr=(number(above=0), "learning rate", MAY_CHANGE),
     warmup_updates=(whole(0), "updates until the full learning rate", MAY_CHANGE),
