@@ -2,11 +2,14 @@
 
     python benchmarks/train_step.py --json FILE
     python benchmarks/train_step.py --teacher_source assets/models/teacher --seconds 6
+    python benchmarks/train_step.py --variants speechbrain_mse mse mse+cache mse+cache+compile
 
-The teacher is a randomly initialised HuBERT-base unless one is given (time does not depend on the
-weights). All variants see the same batch and take turns, so that what else the machine does falls
-on all of them; a ratio is the median over repetitions of the ratio within a repetition. Compare
-figures of one run only.
+A variant is a strategy, or SpeechBrain's; after a plus, ``cache`` keeps the clean branch on disk
+(representation_cache, full from the first step on), ``compile`` compiles the teacher's layers,
+``bf16`` runs the step under autocast. The teacher is a randomly initialised HuBERT-base unless one
+is given (time does not depend on the weights). All variants see the same batch and take turns, so
+that what else the machine does falls on all of them; a ratio is the median over repetitions of the
+ratio within a repetition. Compare figures of one run only.
 """
 
 import argparse
@@ -32,13 +35,20 @@ from pi_finetune.data.audio import SAMPLE_RATE
 from pi_finetune.data.loading import UpdateSampler, collate
 from pi_finetune.enhancers import load_weights
 from pi_finetune.files import write_text
-from pi_finetune.lengths import Waveforms, shares
-from pi_finetune.perturbations import NoPerturbation
+from pi_finetune.lengths import Lasting, Waveforms, shares
 from pi_finetune.seeding import utterance_rng
 from pi_finetune.teacher import Teacher
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-VARIANTS = ("mse", "soft_dtw", "soft_dtw_no_speed", "speechbrain_mse")
+VARIANTS = (
+    "mse",
+    "soft_dtw",
+    "soft_dtw_no_speed",
+    "speechbrain_mse",
+    "mse+cache",
+    "soft_dtw+cache",
+)
+ADDED = ("cache", "compile", "bf16")
 
 
 def random_base(folder):
@@ -89,10 +99,9 @@ class Ours:
     def compare(self, clock, enhanced, clean, ids):
         rngs = [utterance_rng(self.seed, 0, key, "perturbation") for key in ids]
         objective = self.objective
-        with torch.no_grad():
-            y = objective.represent(clean, rngs, objective.perturbation)
+        y = objective.represent_clean(clean, rngs)
         clock("teacher, clean")
-        x = objective.represent(enhanced, rngs, NoPerturbation())
+        x = objective.represent_enhanced(enhanced, rngs)
         clock("teacher, enhanced")
         return objective.distance(*x, *y).mean()
 
@@ -136,6 +145,15 @@ class Plain(Ours):
         return (x - y).square().mean()
 
 
+def compiled(source):
+    """A teacher whose transformer layers are compiled; the first steps pay for it."""
+    teacher = Teacher(source)
+    encoder = teacher.encoder
+    for layer in (encoder if teacher.family == "whisper" else encoder.encoder).layers:
+        layer.compile()
+    return teacher
+
+
 def waveforms(data, ids, samples, device):
     """Noisy and clean ``Waveforms`` of exactly ``samples``: shorter utterances go round."""
     items = [data[i, 0] for i in ids]
@@ -151,25 +169,31 @@ def measure(arguments, folder):
     device = arguments.device
     source = arguments.teacher_source or random_base(pathlib.Path(folder) / "base")
     options = {"segment_seconds": arguments.seconds, "teacher_source": source}
+    kept = {"segment_seconds": None, "representation_cache": str(pathlib.Path(folder) / "kept")}
     first = Ours("mse", options, None, device)
     teacher = Teacher(source).to(device)
-    variants = {
-        name: Plain(options, source, device, arguments.precision)
-        if name == "speechbrain_mse"
-        else Ours(name, options, teacher, device, arguments.precision)
-        for name in arguments.variants
-    }
+    variants = {}
+    for name in arguments.variants:
+        strategy, *added = name.split("+")
+        precision = "bf16" if "bf16" in added else arguments.precision
+        if strategy == "speechbrain_mse":
+            variants[name] = Plain(options, source, device, precision)
+            continue
+        own = compiled(source).to(device) if "compile" in added else teacher
+        chosen = {**options, **(kept if "cache" in added else {})}
+        variants[name] = Ours(strategy, chosen, own, device, precision)
     ids = list(range(arguments.batch_size))
     samples = int(arguments.seconds * SAMPLE_RATE)
     noisy, clean = waveforms(first.data, ids, samples, device)
+    clean = clean.named([Lasting(f"utterance {i}", i) for i in ids])
 
     times = {name: [] for name in variants}
-    for repeat in range(arguments.repeats + 1):
+    for repeat in range(-1, arguments.repeats + 1):
         names = collections.deque(variants)
         names.rotate(repeat)
         for name in names:
             stages = variants[name].step(Clock(device, arguments.cpu_time), ids, noisy, clean)
-            if repeat:  # the first warms up
+            if repeat > 0:  # the first fill the cache, compile and warm up
                 times[name].append(stages)
                 print(f"{repeat}/{arguments.repeats} {name}: {sum(stages.values()):.2f} s")
     waits = {
@@ -220,12 +244,21 @@ def summary(times):
     return table, ratios
 
 
+def variant(name):
+    """A name of the command line, checked."""
+    strategy, *added = name.split("+")
+    known = strategy in VARIANTS and set(added) <= set(ADDED)
+    if not known or (strategy == "speechbrain_mse" and set(added) - {"bf16"}):
+        raise argparse.ArgumentTypeError(f"no variant {name}")
+    return name
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--teacher_source", help="folder or hub name; default: random HuBERT-base")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), type=variant)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of every utterance")
     parser.add_argument("--repeats", type=int, default=5)

@@ -7,13 +7,14 @@ SpeechBrain's modules take them, are made by :func:`shares` at the call of such 
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "Lasting",
     "Lengths",
     "Padded",
     "Waveforms",
@@ -136,6 +137,16 @@ class Padded:
         return replace(self, data=data)
 
 
+class Lasting(NamedTuple):
+    """The name of a row whose samples it tells, so that it holds in every pass and process.
+
+    ``key`` is the utterance's, ``digest`` that of its samples.
+    """
+
+    key: str
+    digest: int
+
+
 @dataclass(frozen=True, eq=False)
 class Waveforms(Padded):
     """A batch of waveforms, and where in them the speech to be compared lies.
@@ -154,7 +165,8 @@ class Waveforms(Padded):
         variance of the waveform, group norms over time). Default: False.
     ids : tuple of hashables, optional
         What each row is, [B]: rows of equal names are equal. Caches go by them; without them
-        nothing is kept.
+        nothing is kept. A name that is :class:`Lasting`, or made of one by :meth:`renamed`, holds
+        beyond this pass over the data.
 
     Example
     -------

@@ -30,6 +30,7 @@ from pi_finetune.lengths import (
 )
 from pi_finetune.perturbations import NoPerturbation, Perturbation
 from pi_finetune.projections import Projection
+from pi_finetune.representations import FolderStore, MemoryStore, Store, represented
 from pi_finetune.soft_dtw import soft_dtw
 
 if TYPE_CHECKING:
@@ -256,10 +257,17 @@ class RepresentationObjective(nn.Module):
     projection : pi_finetune.projections.Projection, optional
         Applied to the representations of both branches before the distance. Default: none.
     cache_mb : float
-        Memory for the clean branch in evaluation mode, where the same batches come back at every
+        Memory for the clean branch in evaluation mode, where the same utterances come back at every
         validation. They are known by the ``ids`` of the waveforms; without ids nothing is kept,
-        and what does not fit is computed again. In training it would never be used: crops, noise
-        levels and perturbations are drawn anew in every pass. Default: 512.
+        and what does not fit is computed again. Default: 512.
+    cache_folder : str or Path, optional
+        Keep the clean branch of training there, in half precision, where it is the same in every
+        pass: see :class:`~pi_finetune.representations.FolderStore`. Default: it is computed.
+
+    Raises
+    ------
+    UserError
+        ``cache_folder`` with a perturbation of clean speech that makes another of it every time.
     """
 
     def __init__(
@@ -270,6 +278,7 @@ class RepresentationObjective(nn.Module):
         perturbed_branch: str = "clean",
         cache_mb: float = 512.0,
         projection: Projection | None = None,
+        cache_folder: str | Path | None = None,
     ):
         super().__init__()
         if perturbed_branch not in ("clean", "enhanced"):
@@ -282,8 +291,15 @@ class RepresentationObjective(nn.Module):
         self.perturbation = perturbation or NoPerturbation()
         self.perturbed_branch = perturbed_branch
         self._plain = NoPerturbation()
-        self._cache: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._room = cache_mb * 1e6
+        on_clean = self.perturbation if perturbed_branch == "clean" else self._plain
+        if cache_folder is not None and not getattr(on_clean, "recurs", False):
+            raise UserError(
+                f"representation_cache: perturbation {type(on_clean).__name__} makes another of "
+                "the clean speech in every pass, so that nothing could be kept. Set "
+                "representation_cache: null, or perturbed_branch: enhanced."
+            )
+        self._cache_mb, self._cache_folder = cache_mb, cache_folder
+        self._stores: dict[Any, Store] = {}
 
     def forward(
         self,
@@ -293,31 +309,40 @@ class RepresentationObjective(nn.Module):
         rngs: Rngs = None,
     ) -> Tensor:
         enhanced, clean = as_pair(enhanced, clean, lengths)
-        on_clean = self.perturbed_branch == "clean"
-        y = self._represent_clean(clean, rngs, self.perturbation if on_clean else self._plain)
-        x = self.represent(enhanced, rngs, self._plain if on_clean else self.perturbation)
-        return self.distance(*x, *self._projected(*y))
+        y = self.represent_clean(clean, rngs)
+        return self.distance(*self.represent_enhanced(enhanced, rngs), *y)
+
+    def _perturbation_of(self, branch: str) -> Perturbation:
+        return self.perturbation if branch == self.perturbed_branch else self._plain
 
     def _projected(self, reps: Tensor, frame_lengths: Tensor) -> tuple[Tensor, Tensor]:
         return reps if self.projection is None else self.projection(reps), frame_lengths
 
-    @torch.no_grad()
-    def _represent_clean(
-        self, clean: Waveforms, rngs: Rngs, perturbation: Perturbation
-    ) -> tuple[Tensor, Tensor]:
-        perturbed = perturbation(clean, rngs=rngs)
-        if self.training or perturbed.ids is None:
-            return self.teacher(perturbed)
-        autocast = torch.is_autocast_enabled(perturbed.data.device.type)
-        lengths = tuple(perturbed.lengths.tolist())
-        key = (perturbed.ids, lengths, perturbed.padding_counts, autocast, id(self.teacher))
-        if key not in self._cache:
-            reps, frame_lengths = self.teacher(perturbed)
-            if reps.nbytes > self._room:
-                return reps, frame_lengths
-            self._room -= reps.nbytes
-            self._cache[key] = (reps, frame_lengths)
-        return self._cache[key]
+    def represent_enhanced(self, enhanced: Waveforms, rngs: Rngs) -> tuple[Tensor, Tensor]:
+        """As :meth:`represent`, of the enhanced branch with its perturbation."""
+        return self.represent(enhanced, rngs, self._perturbation_of("enhanced"))
+
+    def represent_clean(self, clean: Waveforms, rngs: Rngs) -> tuple[Tensor, Tensor]:
+        """As :meth:`represent`, of the clean branch: no gradient, and kept where that is asked."""
+        with torch.no_grad():
+            wavs = self._perturbation_of("clean")(clean, rngs=rngs)
+            store = self._store(wavs)
+            made = self.teacher(wavs) if store is None else represented(self.teacher, wavs, store)
+        return self._projected(*made)
+
+    def _store(self, wavs: Waveforms) -> Store | None:
+        """Where the clean branch is kept; one for each teacher that was here."""
+        folder = self._cache_folder
+        if (self.training and folder is None) or (not self.training and wavs.ids is None):
+            return None
+        key = self.training, self.teacher
+        if key not in self._stores:
+            self._stores[key] = (
+                FolderStore(folder, self.teacher)
+                if self.training and folder is not None
+                else MemoryStore(self._cache_mb)
+            )
+        return self._stores[key]
 
     def check_values(self) -> None:
         """For debugging: raise where a representation given to soft-DTW is not finite."""

@@ -22,7 +22,11 @@ __all__ = ["NoPerturbation", "Perturbation", "SpeedPerturbation", "ZeroPadding"]
 
 
 class Perturbation(Protocol):
-    """Anything with the signature of a perturbation."""
+    """Anything with the signature of a perturbation.
+
+    One with an attribute ``recurs`` that is true makes but a few versions of an utterance, which
+    come back in other passes: what is made of them may be kept.
+    """
 
     def __call__(
         self,
@@ -34,6 +38,8 @@ class Perturbation(Protocol):
 
 class NoPerturbation:
     """Hands the batch on as it is."""
+
+    recurs = True
 
     def __call__(
         self,
@@ -133,6 +139,8 @@ class SpeedPerturbation:
     >>> SpeedPerturbation([0.8])(wavs, lengths, rngs).lengths
     tensor([2000])
     """
+
+    recurs = True
 
     def __init__(self, factors: Sequence[float] = (0.9, 1.0, 1.1)):
         if not factors or min(factors) <= 0:

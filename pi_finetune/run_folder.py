@@ -12,9 +12,11 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
 
 from pi_finetune import settings
 from pi_finetune.distributed import device_name, on_main
@@ -29,6 +31,7 @@ __all__ = [
     "open_run",
     "package_versions",
     "session",
+    "weights_digest",
 ]
 
 
@@ -313,6 +316,16 @@ def data_digest(dataset: Any) -> str | None:
     if reverberator is not None:
         described.append(reverberator.described())
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
+def weights_digest(described: Any, weights: Mapping[str, torch.Tensor]) -> str:
+    """A digest of a model: of what describes it, as JSON has it, and of all its weights."""
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(content.numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _now():

@@ -231,6 +231,11 @@ SETTINGS = _table(
     wer_every=(or_null(COUNT), "validations between those with WER", MAY_CHANGE),
     batch_size=(COUNT, "utterances in a batch", MAY_CHANGE),
     max_batch_seconds=(or_null(SECONDS), "most seconds in a batch", MAY_CHANGE),
+    valid_metrics=(
+        sequence(TEXT, "metrics, e.g. [stoi, si_sdr]"),
+        "signal scores of a validation",
+        MAY_CHANGE,
+    ),
     valid_batch_size=(COUNT, "dev utterances in a batch", IRRELEVANT),
     lr=(number(above=0), "learning rate", MAY_CHANGE),
     warmup_updates=(whole(0), "updates until the full learning rate", MAY_CHANGE),
@@ -250,6 +255,11 @@ SETTINGS = _table(
     teacher_preset=(either(TEXT, MAPPING, NULL), "values that suit a teacher", IRRELEVANT),
     teacher_source=(TEXT, "folder or hub name of the teacher"),
     teacher_layers=(either(LAYER, sequence(LAYER, "layers")), "layer of the teacher"),
+    representation_cache=(
+        or_null(TEXT),
+        "folder for what a teacher makes of clean speech",
+        MAY_CHANGE,
+    ),
     asr_source=(or_null(either(TEXT, sequence(TEXT, "recognisers"))), "the recogniser"),
     perturbed_branch=(choice("clean", "enhanced"), "which side is perturbed"),
     representation_weight=(number(low=0), "of the distance between representations"),
@@ -418,6 +428,14 @@ def check_values(values: dict) -> None:
         Names the key, its value, and what is needed.
     """
     check_each(values)
+    if values.get("representation_cache") is not None:
+        for key in ("segment_seconds", "rir_folder"):
+            if values.get(key) is not None:
+                raise UserError(
+                    f"representation_cache: {key} is {values[key]}, which makes other clean speech "
+                    f"in every pass, so that nothing could be kept. Set {key} to null, or "
+                    "representation_cache."
+                )
     if {"updates", "valid_every"} <= values.keys():
         updates, every = values["updates"], values["valid_every"]
         if updates % every:

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from pi_finetune.errors import UserError
 from pi_finetune.files import replacing_files
 from pi_finetune.lengths import Waveforms, content_frames, length_mask, on_device, zero_beyond
+from pi_finetune.run_folder import weights_digest
 
 __all__ = [
     "CNN",
@@ -103,6 +104,8 @@ class Teacher(nn.Module):
         ``model_type`` of the checkpoint.
     max_length : int or None
         Longest utterance in samples; None if unlimited (Whisper: 30 s).
+    hears_level : bool
+        Whether a scaled waveform becomes something else; not where it is standardised first.
 
     Raises
     ------
@@ -151,6 +154,7 @@ class Teacher(nn.Module):
             self.hop = 2 * self._mel.HOP
             self.receptive_field = 4 * self._mel.HOP + self._mel.WINDOW
             self.max_length = config.max_source_positions * self.hop
+            self.hears_level = True
         else:
             self.num_layers, self.dim = config.num_hidden_layers, config.hidden_size
             self.normalize = bool(preprocessor.get("do_normalize", True))
@@ -159,6 +163,7 @@ class Teacher(nn.Module):
                 self.receptive_field += (kernel - 1) * self.hop
                 self.hop *= stride
             self.max_length = None
+            self.hears_level = not self.normalize
 
         model.requires_grad_(False).eval()
         self._encoder = (model,)  # a tuple hides it from nn.Module
@@ -188,6 +193,15 @@ class Teacher(nn.Module):
                 f"{-self.num_layers - 1} from the end, or '{CNN}'"
             )
         return layer % (self.num_layers + 1)
+
+    def digest(self) -> str:
+        """A short digest of all that decides what a waveform becomes: weights, layers, config."""
+        config = self.encoder.config.to_dict()
+        # Where it was loaded from, and by which version.
+        for name in ("_name_or_path", "transformers_version"):
+            config.pop(name, None)
+        described = [config, self.layers, self.hears_level]
+        return weights_digest(described, self.encoder.state_dict())
 
     def frames(self, lengths: Tensor) -> Tensor:
         """Number of frames [B] (int64) of utterances of ``lengths`` [B] samples."""

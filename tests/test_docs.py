@@ -8,7 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from running import recipe
 
 from pi_finetune.__main__ import main as command_line
@@ -119,3 +121,26 @@ def test_examples_of_docstrings(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module)
     assert result.attempted and not result.failed
+
+
+def test_the_notebook_runs(tmp_path):
+    """It is committed without outputs; they are looked at here."""
+    notebook = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    assert (DOCS / "tutorial.ipynb").stat().st_size < 100_000
+    place = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=600, resources=place).execute()
+    kinds = {kind for cell in cells for out in cell.outputs for kind in out.get("data", {})}
+    assert {"text/html", "image/png", "text/markdown"} <= kinds
+    text = "".join(out.get("text", "") for cell in cells for out in cell.outputs)
+    losses = [float(value) for value in re.findall(r"step \d: ([\d.]+)", text)]
+    assert losses[-1] < losses[0]
+    tables = "".join(
+        out["data"]["text/markdown"]
+        for cell in cells
+        for out in cell.outputs
+        if "text/markdown" in out.get("data", {})
+    )
+    assert all(f"| {name} " in tables for name in ("noisy", "pretrained", "mse", "soft_dtw"))
+    assert not list(tmp_path.iterdir())  # nothing is written where it lies

@@ -370,6 +370,19 @@ def test_validation_on_processes_is_that_of_one(train, tmp_path):
         assert one == other
 
 
+def test_a_validation_computes_the_metrics_that_are_asked_for(train, capsys):
+    options = {"updates": 2, "valid_metrics": "[si_sdr, stoi]"}
+    (line,) = validations(train("mse", **options))
+    assert line["si_sdr"] and line["stoi"] and not {"pesq", "estoi"} & line.keys()
+    for changes, said in (
+        ({"select_by": "pesq"}, "select_by: pesq is not among valid_metrics (si_sdr, stoi)"),
+        ({"valid_metrics": "[stoy]"}, "valid_metrics: there is no 'stoy'. Did you mean stoi?"),
+    ):
+        with pytest.raises(SystemExit):
+            train("mse", "refused", **{**options, **changes})
+        assert said in capsys.readouterr().err
+
+
 def test_lines_say_recording_and_speaker(evaluate):
     lines = scores(evaluate(["noisy"], each_snr=True, snrs="[5, 10]") / "noisy/0")
     assert len(lines) == 12 and len({entry["recording"] for entry in lines}) == 6

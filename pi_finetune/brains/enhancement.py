@@ -27,10 +27,11 @@ class EnhancementBrain(UpdateBrain):
     """Fine-tunes ``modules.enhancer`` by ``modules.objective``.
 
     From YAML it uses, besides what :class:`UpdateBrain` does: ``data_seed, wer_every, recognizers,
-    select_by, log_examples, validation_callbacks`` and, if it is there, ``workers``: processes that
-    compute PESQ and the like while the model goes on. A callback is called with the first batch of
-    each validation, ``callback(objective, enhanced [B, T], clean [B, T], lengths [B], ids) ->
-    dict``; what it returns is logged with the scores.
+    select_by, log_examples, validation_callbacks`` and, if they are there, ``valid_metrics``: which
+    signal scores a validation has, and ``workers``: processes that compute them while the model
+    goes on. A callback is called with the first batch of each validation, ``callback(objective,
+    enhanced [B, T], clean [B, T], lengths [B], ids) -> dict``; what it returns is logged with the
+    scores.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -39,7 +40,15 @@ class EnhancementBrain(UpdateBrain):
         callbacks = self.hparams.validation_callbacks or []
         self.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         settings.check_choice("select_by", self.hparams.select_by, metrics.DEV_SCORES)
-        self.pool = ScorePool(getattr(self.hparams, "workers", 0))
+        names = getattr(self.hparams, "valid_metrics", None) or metrics.SIGNAL_SCORES
+        for name in names:
+            settings.check_choice("valid_metrics", name, metrics.SIGNAL_SCORES)
+        if self.hparams.select_by in set(metrics.SIGNAL_SCORES) - set(names):
+            raise UserError(
+                f"select_by: {self.hparams.select_by} is not among valid_metrics "
+                f"({', '.join(names)}). Add it there, or set select_by."
+            )
+        self.pool = ScorePool(getattr(self.hparams, "workers", 0), names)
         self.recognizer: Any = next(iter(self.hparams.recognizers), None)
         if self.hparams.select_by == "wer" and self.recognizer is None:
             raise UserError("select_by: wer needs a recogniser; set asr_source or select_by.")
@@ -162,7 +171,7 @@ class EnhancementBrain(UpdateBrain):
     def _summary(self):
         """Means over the utterances that have a score; how many have none is counted."""
         summary = {}
-        for name in ("objective", *metrics.SIGNAL_SCORES):
+        for name in ("objective", *self.pool.names):
             summary[name], missing = metrics.mean_score(score[name] for score in self.scores)
             if missing:
                 summary[f"{name}_missing"] = missing

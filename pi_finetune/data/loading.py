@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pi_finetune.data.corpora import prepare_noise, prepare_speech
 from pi_finetune.data.mixing import NoiseMixer
 from pi_finetune.data.rooms import load_reverberator
 from pi_finetune.errors import UserError
-from pi_finetune.lengths import Padded, Waveforms
+from pi_finetune.lengths import Lasting, Padded, Waveforms
 from pi_finetune.seeding import utterance_rng
 
 __all__ = [
@@ -130,6 +131,7 @@ class SpeechPairs(Dataset):
                 raise UserError(
                     f"{entry['wav']}: silent from sample {start} on. Remove or replace it."
                 )
+        read = clean
         info = {"snr": entry.get("snr"), "noise_class": entry.get("noise_class")}
         if "noisy" in entry:
             noisy = read_audio(entry["noisy"], start, frames)
@@ -144,6 +146,7 @@ class SpeechPairs(Dataset):
             noisy, clean, info = self.mixer(heard, rng, snr, target)
         return {
             "id": self.item_id(index),
+            "names": self._names(key, read, clean),
             "data_pass": data_pass,
             "noisy": noisy,
             "clean": clean,
@@ -153,6 +156,15 @@ class SpeechPairs(Dataset):
             "duration": clean.shape[-1] / SAMPLE_RATE,
             **info,
         }
+
+    def _names(self, key, read, clean):
+        """Names of waveforms that are the same in every pass: whole clean speech without rooms."""
+        if self.segment is not None or self.reverberator is not None:
+            return {}
+        name: Any = Lasting(key, zlib.crc32(read.numpy()))
+        if not torch.equal(read, clean):  # scaled with its mixture
+            name = (name, "gain", float(clean.abs().max() / read.abs().max()))
+        return {"clean": name}
 
     def _crop(self, entry, rng):
         total = round(entry["duration"] * SAMPLE_RATE)
@@ -309,18 +321,24 @@ def collate(examples: list[dict]) -> PaddedBatch:
     speechbrain.dataio.batch.PaddedBatch
         Its tensors are :class:`~pi_finetune.lengths.Padded`, or
         :class:`~pi_finetune.lengths.Waveforms`, in place of SpeechBrain's ``PaddedData``, whose
-        lengths are float shares. Waveforms are named by their key, ``id`` and ``data_pass``. The
-        SNRs are a list: clean speech among them has None.
+        lengths are float shares. Waveforms are named as ``names`` of their example says for their
+        key, or by their key, ``id`` and ``data_pass``. The SNRs are a list: clean speech among them
+        has None.
     """
     tensors = {key for key, value in examples[0].items() if isinstance(value, torch.Tensor)}
-    known = [{k: v for k, v in example.items() if k != "snr"} for example in examples]
+    left_out = {"snr", "names"}
+    known = [{k: v for k, v in example.items() if k not in left_out} for example in examples]
     batch = PaddedBatch(known, padded_keys=tensors, padding_func=_unpadded)
     if "snr" in examples[0]:
         batch.snr = [example["snr"] for example in examples]
     for key in tensors:
         rows = [example[key] for example in examples]
         if rows[0].dim() == 1 and rows[0].is_floating_point():
-            names = tuple((key, x["id"], x.get("data_pass", 0)) for x in examples if "id" in x)
+            names = tuple(
+                x.get("names", {}).get(key, (key, x["id"], x.get("data_pass", 0)))
+                for x in examples
+                if "id" in x
+            )
             setattr(batch, key, Waveforms.collate(rows, ids=names or None))
         else:
             setattr(batch, key, Padded.collate(rows))

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import glob
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from pi_finetune.results import metrics
 from pi_finetune.results.declarations import CER, CHOICES, WAVEFORM_METRICS, without_reference
 from pi_finetune.results.handover import SavedAudio
 from pi_finetune.results.pool import ScorePool
+from pi_finetune.run_folder import weights_digest
 
 if TYPE_CHECKING:
     from pi_finetune.data.loading import SpeechPairs
@@ -474,9 +474,4 @@ def _digest(enhancer):
     enhancer = getattr(enhancer, "module", enhancer)
     if not isinstance(enhancer, torch.nn.Module):
         return None
-    config = json.dumps(getattr(enhancer, "config", None), sort_keys=True, default=str)
-    digest = hashlib.sha256(config.encode())
-    for name, tensor in sorted(enhancer.state_dict().items()):
-        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return weights_digest(getattr(enhancer, "config", None), enhancer.state_dict())
