@@ -72,7 +72,12 @@ LONG_SECONDS = 60
 
 
 def evaluate_system(
-    folder: str | Path, enhancer: Any, pairs: Any, recognizers: Any, **options: Any
+    folder: str | Path,
+    enhancer: Any,
+    pairs: Any,
+    recognizers: Any,
+    mix: float = 1.0,
+    **options: Any,
 ) -> Path:
     """Score a system and write ``FOLDER/scores/TEST_SET.jsonl``.
 
@@ -80,6 +85,8 @@ def evaluate_system(
     ---------
     folder : str or Path
         ``.../STRATEGY/SEED``, from which strategy and seed of the lines are taken.
+    mix : float
+        Share of the enhanced signal; the rest is the input. Default: 1.
     enhancer, pairs, recognizers, options
         As of :func:`evaluate_mixes`, and so are the errors.
 
@@ -88,7 +95,7 @@ def evaluate_system(
     Path
         The scores file.
     """
-    return evaluate_mixes({1.0: folder}, enhancer, pairs, recognizers, **options)[0]
+    return evaluate_mixes({mix: folder}, enhancer, pairs, recognizers, **options)[0]
 
 
 def evaluate_mixes(
