@@ -127,7 +127,7 @@ class Cell:
         """Updates still to be made, as of the last validation; scores count as some more."""
         validations = self.folder / "valid.jsonl"
         lines = validations.read_text().splitlines() if validations.exists() else []
-        made = json.loads(lines[-1])["update"] if lines else 0
+        made = int(json.loads(lines[-1])["update"]) if lines else 0
         return max(self.updates - made, 0) + SCORING
 
 
