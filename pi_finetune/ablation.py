@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 STAMP = "ablation.json"
 #: Systems that are scored without a training.
 UNTRAINED = ("noisy", "clean", "pretrained")
+#: A test set of a hundred utterances takes about as long as so many updates.
+SCORING = 100
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,15 @@ class Cell:
     search : bool
         Whether it tries a learning rate: a training that diverges is then a result, which the stamp
         keeps, and no failure. Default: False.
+    updates : int
+        Of its training, for the progress bar. Default: 0.
     """
 
     folder: Path
     calls: Callable[[], list]
     needs: tuple = ()
     search: bool = False
+    updates: int = 0
 
     def done(self) -> bool:
         """Whether the stamp says that these very calls have been made to their end.
@@ -121,6 +126,13 @@ class Cell:
                 "results_folder."
             )
         return earlier["complete"]
+
+    def left(self) -> int:
+        """Updates still to be made, as of the last validation; scores count as some more."""
+        validations = self.folder / "valid.jsonl"
+        lines = validations.read_text().splitlines() if validations.exists() else []
+        made = int(json.loads(lines[-1])["update"]) if lines else 0
+        return max(self.updates - made, 0) + SCORING
 
 
 def _read_stamp(folder):
@@ -319,6 +331,7 @@ class Ablation:
                 functools.partial(list, [call]),
                 tuple(self.recognizers.values()),
                 search=True,
+                updates=updates,
             )
         return cells
 
@@ -332,15 +345,18 @@ class Ablation:
             return [training, *self._evaluations(str(folder))]
 
         needs = (*self.recognizers.values(), *self.searches[teacher, strategy].values())
-        return Cell(folder, calls, needs)
+        updates = self._settings(teacher, strategy).get("updates", 0)
+        return Cell(folder, calls, needs, updates=updates)
+
+    def _settings(self, teacher, strategy):
+        """What a training is given besides its rate, seed and place; later ones go before."""
+        own = self.strategies.get(strategy) or self.controls.get(strategy) or {}
+        return {**self.hparams["train"], **(self.teachers.get(teacher) or {}), **own}
 
     def _training(self, place, teacher, strategy, seed, rate, **changes):
-        own = dict(self.strategies.get(strategy) or self.controls.get(strategy) or {})
-        path = find_hparams(own.pop("hparams", strategy))
-        settings = {
-            **self.hparams["train"],
-            **(self.teachers.get(teacher) or {}),
-            **own,
+        settings = self._settings(teacher, strategy)
+        path = find_hparams(settings.pop("hparams", strategy))
+        settings |= {
             "lr": rate,
             **changes,
             "select_by": self.hparams["select_by"],
@@ -437,7 +453,8 @@ def run_cells(
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     progress = contextlib.ExitStack()
     progress.enter_context(logging_redirect_tqdm())
-    bar = tqdm(total=total, desc="runs", unit="run", disable=None, smoothing=0)
+    work = sum(cell.left() for cell in waiting)
+    bar = tqdm(total=work, desc=f"{total} runs", unit="update", disable=None, smoothing=0)
     progress.enter_context(bar)
     try:
         while waiting or running:
@@ -481,7 +498,8 @@ def run_cells(
                 state = "failed" if reason else "done"
                 minutes = (time.monotonic() - started) / 60
                 logger.info(f"[{finished}/{total}, {minutes:.0f} min] {cell.folder}: {state}")
-                bar.update()
+            bar.n = work - sum(cell.left() for cell in [*waiting, *running])
+            bar.refresh()
             time.sleep(poll_seconds if running else 0)
     except BaseException:
         for job in running.values():

@@ -252,6 +252,7 @@ SETTINGS = _table(
     # Models and objectives
     enhancer_weights=(or_null(TEXT), "weights that fine-tuning starts from"),
     # Its values are keys of their own, which are compared.
+    mix=(number(above=0, high=1), "share of the enhancer's output in what is scored"),
     teacher_preset=(either(TEXT, MAPPING, NULL), "values that suit a teacher", IRRELEVANT),
     teacher_source=(TEXT, "folder or hub name of the teacher"),
     teacher_layers=(either(LAYER, sequence(LAYER, "layers")), "layer of the teacher"),

@@ -58,8 +58,9 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
 
     run names a run folder, noisy, clean, pretrained, or a list of these: noisy scores the
     unprocessed mixtures, clean the speech in them, pretrained the enhancer that fine-tuning starts
-    from. recordings names real ones without clean speech, in place of the corpus; save_audio a
-    folder for all audio, with lists for VERSA and ESPnet. Interrupted, the same call continues.
+    from. mix is the share of an enhancer's output in what is scored. recordings names real ones
+    without clean speech, in place of the corpus; save_audio a folder for all audio, with lists for
+    VERSA and ESPnet. Interrupted, the same call continues.
 
     Arguments
     ---------
@@ -90,11 +91,13 @@ def evaluate(experiment="evaluate", overrides=None, run_opts=None):
     paths = []
     for folder, enhancer in systems:
         with Lock(folder / "scores" / f".{hparams['test_set']}.lock", "an evaluation"):
+            mix = hparams.get("mix", 1.0) if callable(enhancer) else 1.0
             path = evaluate_system(
                 folder,
                 enhancer,
                 test_data,
                 recognizers,
+                mix=mix,
                 test_set=hparams["test_set"],
                 batch_size=hparams["batch_size"],
                 max_batch_seconds=hparams.get("max_batch_seconds"),

@@ -1,5 +1,6 @@
 """The ablation: which cells there are, and running them with workers that die."""
 
+import io
 import json
 import os
 import signal
@@ -7,12 +8,14 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import submitit
 from running import HPARAMS, STRATEGIES, Script, recipe
+from tqdm import tqdm
 
-from pi_finetune.ablation import STAMP, Ablation, Cell, run_cells
+from pi_finetune.ablation import SCORING, STAMP, Ablation, Cell, run_cells
 from pi_finetune.config import load_hparams
 from pi_finetune.errors import UserError
 
@@ -166,6 +169,28 @@ def test_a_cell_waits_for_what_it_needs(tmp_path, cell, executor):
     second = cell("second", needs=[first])
     assert run_cells([second, first], executor, poll_seconds=0.05) == {}
     assert ran(tmp_path) == ["first", "second"]
+
+
+def test_the_bar_counts_updates_of_runs_under_way(cell, executor, monkeypatch):
+    class Bar(tqdm):
+        seen: ClassVar[list] = []
+
+        def __init__(self, **options):
+            super().__init__(**{**options, "disable": False, "file": io.StringIO()})
+
+        def refresh(self, *args, **kwargs):
+            self.seen.append((self.n, self.total))
+            return super().refresh(*args, **kwargs)
+
+    monkeypatch.setattr("pi_finetune.ablation.tqdm", Bar)
+    half = "open({!r}, 'w').write('{{\"update\": 30}}\\n')\nimport time; time.sleep(0.5)"
+    first, second = cell("first"), cell("second")
+    second = replace(cell("second", half.format(f"{second.folder}/valid.jsonl")), updates=60)
+    assert run_cells([first, second], executor, workers=1, poll_seconds=0.05) == {}
+    whole = 2 * SCORING + 60
+    assert {total for _, total in Bar.seen} == {whole}
+    made = sorted({n for n, _ in Bar.seen})
+    assert made == [0, SCORING, SCORING + 30, whole]
 
 
 def test_a_cell_made_with_other_settings_is_not_mistaken_for_done(cell, executor):

@@ -77,6 +77,7 @@ def evaluate_system(
     enhancer: Callable | str | None,
     pairs: "SpeechPairs | Recordings",
     recognizers: Sequence[Recognizer],
+    mix: float = 1.0,
     **options: Any,
 ) -> Path:
     """Score a system and write ``FOLDER/scores/TEST_SET.jsonl``.
@@ -85,6 +86,8 @@ def evaluate_system(
     ---------
     folder : str or Path
         ``.../STRATEGY/SEED``, from which strategy and seed of the lines are taken.
+    mix : float
+        Share of the enhanced signal; the rest is the input. Default: 1.
     enhancer, pairs, recognizers, options
         As of :func:`evaluate_mixes`, and so are the errors.
 
@@ -93,7 +96,7 @@ def evaluate_system(
     Path
         The scores file.
     """
-    return evaluate_mixes({1.0: folder}, enhancer, pairs, recognizers, **options)[0]
+    return evaluate_mixes({mix: folder}, enhancer, pairs, recognizers, **options)[0]
 
 
 def evaluate_mixes(
