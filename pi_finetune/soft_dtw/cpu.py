@@ -151,28 +151,82 @@ LAST, DIAGONAL, BEST, R_SIZE = 0, 72, 144, 208
 UP, LEFT, CORNER, SOFT, WORK_SIZE = 0, LANES, 2 * LANES, 3 * LANES, 4 * LANES
 
 
+@intrinsic
+def _transpose_block(typingctx, source, s, s_stride, target, t, t_stride):
+    """target[t + j * t_stride + i] = source[s + i * s_stride + j] for i and j below _BLOCK."""
+
+    def codegen(context, builder, signature, args):
+        element = context.get_data_type(signature.args[0].dtype)
+        size = signature.args[0].dtype.bitwidth // 8
+        width = 32 // size
+        vector = ir.VectorType(element, width)
+        arrays = [context.make_array(signature.args[k])(context, builder, args[k]) for k in (0, 3)]
+
+        def pointer(array, at, stride, i):
+            at = builder.add(at, builder.mul(stride, ir.Constant(stride.type, i)))
+            return builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer())
+
+        rows = []
+        for i in range(width):
+            rows.append(builder.load(pointer(arrays[0], args[1], args[2], i)))
+            rows[-1].align = size
+        distance = 1
+        while distance < width:
+            halves = [
+                [k if not k & distance else width + k - distance for k in range(width)],
+                [k + distance if not k & distance else width + k for k in range(width)],
+            ]
+            low, high = (ir.Constant(ir.VectorType(ir.IntType(32), width), h) for h in halves)
+            for i in range(width):
+                if not i & distance:
+                    pair = rows[i], rows[i + distance]
+                    rows[i] = builder.shuffle_vector(*pair, low)
+                    rows[i + distance] = builder.shuffle_vector(*pair, high)
+            distance *= 2
+        for i, row in enumerate(rows):
+            builder.store(row, pointer(arrays[1], args[4], args[5], i)).align = size
+        return context.get_dummy_value()
+
+    one = types.intp
+    return types.void(source, one, one, target, one, one), codegen
+
+
 @_jit
-def _load_tile(tile, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi):
+def _transpose(source, target):
+    """Of a tile, [STEPS, LANES] and [LANES, STEPS] or the other way round, both flat."""
+    block = 32 // source.itemsize
+    for i in range(0, STEPS, block):
+        for j in range(0, STEPS, block):
+            _transpose_block(source, i * STEPS + j, STEPS, target, j * STEPS + i, STEPS)
+
+
+@_jit
+def _load_tile(
+    tile, by_lane, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi
+):
     """tile[t, k] = cost of (i0 + k, t0 + t - k) in base 2, BIG outside. False if all is outside.
 
-    The cost is max(a[i] + b[j] + scale * p[i, j], floor).
+    The cost is max(a[i] + b[j] + scale * p[i, j], floor). `by_lane` holds it transposed.
     """
-    tile[:] = BIG
     some = False
-    costs = np.empty(STEPS)
-    for k in range(rows):
+    for k in range(LANES):
+        lane = by_lane[k * STEPS : (k + 1) * STEPS]
         i = i0 + k
-        first, last = max(lo[i], t0 - k), min(hi[i], t0 - k + STEPS)
+        first = max(lo[i], t0 - k) if k < rows else 0
+        last = min(hi[i], t0 - k + STEPS) if k < rows else 0
         if first >= last:
+            lane[:] = BIG
             continue
         some = True
-        at = offset + i * stride
+        at, begin, end = offset + i * stride, first + k - t0, last + k - t0
         product, own, a_i = p[at + first : at + last], b[first:last], np.float64(a[i])
+        lane[:begin] = BIG
+        costs = lane[begin:end]
         for j in range(len(product)):
             costs[j] = max(a_i + own[j] + scale * product[j], floor) * per_unit
-        lane = tile[first + k - t0 :, k]
-        for j in range(len(product)):
-            lane[j] = costs[j]
+        lane[end:] = BIG
+    if some:
+        _transpose(by_lane, tile)
     return some
 
 
@@ -256,7 +310,8 @@ def _forward(
     border [strips + 1, m], or [1, m] without `save`, gets R of each strip's last row; to save,
     `state` gets what enters each tile.
     """
-    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty((STEPS, LANES))
+    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty(STEPS * LANES)
+    by_lane = np.empty(LANES * STEPS)
     down, right, diagonal, hard, open_begin, bandwidth, itakura = paths
     penalised = down != 0 or right != 0 or diagonal != 0
     lo, hi = _band(first, n, total, m, bandwidth, itakura)
@@ -275,7 +330,7 @@ def _forward(
                     state[at + k] = r[LAST + k + 1]
                     state[at + LANES + k] = r[DIAGONAL + k]
             inside = _load_tile(
-                tile, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi
+                tile, by_lane, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi
             )
             if not inside:  # all of it beyond the band: only what lane 0 finds at its corner passes
                 r[:] = BIG
@@ -286,7 +341,16 @@ def _forward(
                     r[LAST] = border[above + t] if t < m else BIG
                     if open_begin and start:
                         r[DIAGONAL] = -diagonal
-                    _step(r, work, tile[t - t0], down, right, diagonal, penalised, hard)
+                    _step(
+                        r,
+                        work,
+                        tile[(t - t0) * LANES : (t - t0 + 1) * LANES],
+                        down,
+                        right,
+                        diagonal,
+                        penalised,
+                        hard,
+                    )
                 j = t - rows + 1  # the column that the strip's last row has reached
                 if 0 <= j < m:
                     border[here + j] = r[LAST + rows]
@@ -340,6 +404,17 @@ def _step_back(flow, weights, e, negligible, zero):
         flow[SOON + k] = value * weights[CORNER + k]
 
 
+@_jit_sums
+def _write(values, weight, zero, e, column_sums):
+    """e = weight * values; column_sums += values; the values' sum."""
+    total = zero
+    for j in range(len(values)):
+        e[j] = weight * values[j]
+        column_sums[j] += values[j]
+        total += values[j]
+    return total
+
+
 @_jit
 def _backward(
     p, offset, stride, n, m, a, b, scale, floor, per_unit, paths, first, total, border, state,
@@ -350,9 +425,12 @@ def _backward(
     `below` [m] is what flows into the last row from what lies below it, and then what flows out
     of the first row. spans [strips, 2] are the columns that each strip's E lies in.
     """
-    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty((STEPS, LANES))
-    weights, e_tile = np.empty((STEPS, 3 * LANES), p.dtype), np.empty((STEPS, LANES), p.dtype)
-    flow, next_below = np.empty(FLOW_SIZE, p.dtype), np.zeros(m, p.dtype)
+    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty(STEPS * LANES)
+    by_lane, weights = np.empty(LANES * STEPS), np.empty((STEPS, 3 * LANES), p.dtype)
+    e_tile, e_by_lane = np.zeros(STEPS * LANES, p.dtype), np.empty(LANES * STEPS, p.dtype)
+    flow, next_below, strip_sums = (
+        np.empty(FLOW_SIZE, p.dtype), np.zeros(m, p.dtype), np.empty(m, p.dtype),
+    )  # fmt: skip
     down, right, diagonal, hard, open_begin, bandwidth, itakura = paths
     penalised = down != 0 or right != 0 or diagonal != 0
     lo, hi = _band(first, n, total, m, bandwidth, itakura)
@@ -363,10 +441,10 @@ def _backward(
         start = first + s == 0
         flow[:] = 0
         next_below[:] = 0
-        begin, end = m, 0
+        strip_sums[:] = 0
         for k in range(rows):
-            at = e_offset + (i0 + k) * e_stride
-            e[at : at + m] = 0
+            row = e_offset + (i0 + k) * e_stride
+            e[row : row + m] = 0
         for u in range(tiles - 1, -1, -1):
             t0 = u * STEPS
             t1 = min(t0 + STEPS, m + rows - 1)
@@ -378,7 +456,9 @@ def _backward(
             if not alive:
                 continue
             # Forward again inside the tile.
-            _load_tile(tile, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi)
+            _load_tile(
+                tile, by_lane, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi
+            )
             at = (s * tiles + u) * 2 * LANES
             for k in range(LANES):
                 r[LAST + k + 1] = state[at + k]
@@ -387,30 +467,46 @@ def _backward(
                 r[LAST] = border[s * m + t] if t < m else BIG
                 if open_begin and start:
                     r[DIAGONAL] = -diagonal
-                _step(r, work, tile[t - t0], down, right, diagonal, penalised, hard)
+                _step(
+                    r,
+                    work,
+                    tile[(t - t0) * LANES : (t - t0 + 1) * LANES],
+                    down,
+                    right,
+                    diagonal,
+                    penalised,
+                    hard,
+                )
                 _save_weights(work, weights[t - t0])
             # Backward.
             for t in range(t1 - 1, t0 - 1, -1):
                 j = t - rows + 1
                 flow[FROM_BELOW + rows] = below[j] if 0 <= j < m else 0
                 flow[FROM_CORNER + rows] = 0
-                _step_back(flow, weights[t - t0], e_tile[t - t0], negligible, zero)
+                diagonal_e = e_tile[(t - t0) * LANES : (t - t0 + 1) * LANES]
+                _step_back(flow, weights[t - t0], diagonal_e, negligible, zero)
                 if t < m:
                     next_below[t] += flow[FROM_BELOW]
                     next_below[t - 1 if t > 0 else 0] += flow[SOON] if t > 0 else 0
+            _transpose(e_tile, e_by_lane)
             for k in range(rows):
                 i = i0 + k
                 j0, j1 = max(lo[i], t0 - k), min(hi[i], t0 - k + STEPS)
-                for j in range(j0, j1):
-                    value = e_tile[j + k - t0, k]
-                    if value != 0:
-                        value *= weight
-                        e[e_offset + i * e_stride + j] = value
-                        row_sums[i] += value
-                        column_sums[j] += value
-                        begin, end = min(begin, j), max(end, j + 1)
+                if j0 < j1:
+                    at = k * STEPS + k - t0
+                    lane, row = e_by_lane[at + j0 : at + j1], e_offset + i * e_stride
+                    row_sums[i] += weight * _write(
+                        lane, weight, zero, e[row + j0 : row + j1], strip_sums[j0:j1]
+                    )
         below[:] = next_below
-        spans[s, 0], spans[s, 1] = min(begin, end), end
+        begin, end = 0, m
+        while end > 0 and strip_sums[end - 1] == 0:
+            end -= 1
+        while begin < end and strip_sums[begin] == 0:
+            begin += 1
+        for j in range(begin, end):
+            column_sums[j] += weight * strip_sums[j]
+        spans[s, 0], spans[s, 1] = begin, end
 
 
 # --------------------------------------------------------------------------------------------------
@@ -547,8 +643,10 @@ def _cost_problems(d, n, m, state, recursion):
     """A function that makes the problem of item b."""
     B, N, M = d.shape
     each, paths = len(state) // max(B, 1), _paths(recursion)
-    flat, zeros, n, m = d.numpy().reshape(-1), np.zeros(max(N, M), d.numpy().dtype), *(
-        k.tolist() for k in (n, m)
+    flat, zeros, n, m = (
+        d.numpy().reshape(-1),
+        np.zeros(max(N, M), d.numpy().dtype),
+        *(k.tolist() for k in (n, m)),
     )
     state = state.numpy()
 
@@ -559,6 +657,7 @@ def _cost_problems(d, n, m, state, recursion):
         )
 
     return problem
+
 
 def cost_forward(
     d: torch.Tensor, n: torch.Tensor, m: torch.Tensor, recursion: Recursion, grad: bool
@@ -640,6 +739,7 @@ def _add_scaled_rows(out, u, sums):
         scale = 2 * sums[i]
         for k in range(u.shape[1]):
             out[i, k] += scale * u[i, k]
+
 
 def _preparing(x, y, n, m, cost):
     """A function of b: for either sequence of item b the factor of the product and the part of the
