@@ -265,10 +265,19 @@ PARTS = {
 }
 
 
-def parts(case, call, repeats):
-    """Milliseconds of processor or waiting in each part of a call: medians of all threads' sums.
+def processor_time(call):
+    """Milliseconds of all threads."""
+    start = time.process_time()
+    call()
+    return (time.process_time() - start) * 1e3
 
-    What is in none of them is Python, autograd and threads that wait for work or for each other.
+
+def parts(case, call, repeats):
+    """Milliseconds of processor in each part of a call: the least of all repeats, of all threads.
+
+    What else a machine does then adds little. The rest is Python, autograd, memory that is new,
+    and the threads of PyTorch's own pool, which keep a processor busy for a while after their last
+    work. Beside it, the least of the three products.
     """
     from pi_finetune.soft_dtw import cpu
 
@@ -276,9 +285,9 @@ def parts(case, call, repeats):
 
     def timing(part, function):
         def timed(*arguments):
-            start = time.perf_counter()
+            start = time.thread_time()
             result = function(*arguments)
-            seconds = time.perf_counter() - start
+            seconds = time.thread_time() - start
             with lock:
                 spent[part] += seconds * 1e3
             return result
@@ -286,18 +295,19 @@ def parts(case, call, repeats):
         return timed
 
     originals = {name: getattr(cpu, name) for name in PARTS.values()}
-    rows = []
+    times = []
     try:
         for part, name in PARTS.items():
             setattr(cpu, name, timing(part, originals[name]))
         for _ in range(repeats):
             spent.update(dict.fromkeys(PARTS, 0.0))
-            total = case.time(call) * torch.get_num_threads()
-            rows.append({**spent, "the rest": total - sum(spent.values())})
+            total, floor = processor_time(call), processor_time(case.products)
+            rest = total - sum(spent.values())
+            times.append({**spent, "the rest": rest, "together": total, "three products": floor})
     finally:
         for name, function in originals.items():
             setattr(cpu, name, function)
-    return {part: round(statistics.median(row[part] for row in rows), 3) for part in rows[0]}
+    return {part: round(min(row[part] for row in times), 3) for part in times[0]}
 
 
 def measure(names, shape, gamma, repeats, device, base=None):
@@ -417,16 +427,28 @@ def shown_shape(label, part):
             f"| {row['name']} | {row['median_ms']:.1f} | {low:.1f} to {high:.1f} "
             f"| {row['to_products']:.2f} | {memory} | {error} |"
         )
-    for row in part["results"]:
-        if "parts" in row:
-            total = sum(row["parts"].values())
-            each = (f"{k} {v:.1f} ({v / total:.0%})" for k, v in row["parts"].items())
-            lines.append(f"\n{row['name']}, ms of all threads together: {', '.join(each)}.")
+    return "\n".join(lines)
+
+
+def shown_parts(result):
+    """Where the time of ours goes, of every shape in a results file, as a table."""
+    columns = {}
+    for part in result["shapes"].values():
+        load = f"load average {part['load_before']:.1f}"
+        label = f"{', '.join(map(str, part['B, N, M, D']))} ({load})"
+        columns[label] = next(row["parts"] for row in part["results"] if "parts" in row)
+    lines = [f"| {' | '.join(['', *columns])} |", "|---" * (1 + len(columns)) + "|"]
+    for part in next(iter(columns.values())):
+        each = (
+            f"{times[part]:.2f} ({times[part] / times['together']:.0%})"
+            for times in columns.values()
+        )
+        lines.append(f"| {' | '.join([part, *each])} |")
     return "\n".join(lines)
 
 
 TABLES = re.compile(
-    r"(<!-- (benchmarks/results/\S+\.json) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL
+    r"(<!-- (benchmarks/results/\S+\.json)( parts)? -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL
 )
 
 
@@ -434,7 +456,8 @@ def with_tables(text):
     """A page's text, what stands between the name of a results file and "end" made from it."""
 
     def made(found):
-        return found[1] + shown(json.loads((PROJECT / found[2]).read_text())) + found[3]
+        result = json.loads((PROJECT / found[2]).read_text())
+        return found[1] + (shown_parts if found[3] else shown)(result) + found[4]
 
     return TABLES.sub(made, text)
 
@@ -485,6 +508,8 @@ def main():
             part = {"B, N, M, D": shape, "load_before": load, "results": list(summary(rows))}
             result["shapes"][label] = part
             print(shown_shape(label, part), flush=True)
+        if device.type == "cpu":
+            print("\nProcessor time in ms at least:\n", shown_parts(result), sep="\n")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(arguments.json, json.dumps(result, indent=1) + "\n")

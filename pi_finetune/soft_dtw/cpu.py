@@ -51,7 +51,7 @@ __all__ = [
 STATE_DTYPE = torch.float64
 
 LANES = 64  # rows of a strip: 4 AVX-512 or 8 AVX2 vectors of float32, enough to hide latencies
-STEPS = 64  # steps of a tile; its costs (32 KB) and weights (48 KB) stay in the L2 cache
+STEPS = LANES  # steps of a tile; its costs (32 KB) and weights (48 KB) stay in the L2 cache
 
 # "Infinite" R and cost, finite so that differences are never NaN. Sums of BIG stay far above any
 # real R, and float32 holds both.
@@ -197,7 +197,9 @@ def _transpose(source, target):
     block = 32 // source.itemsize
     for i in range(0, STEPS, block):
         for j in range(0, STEPS, block):
-            _transpose_block(source, i * STEPS + j, STEPS, target, j * STEPS + i, STEPS)
+            _transpose_block(  # type: ignore[call-arg]
+                source, i * STEPS + j, STEPS, target, j * STEPS + i, STEPS
+            )
 
 
 @_jit
@@ -523,7 +525,7 @@ def _state_size(N, M):
 
 
 _pool: Any = None
-threads_of_pool = None
+_threads_of_pool = None
 
 
 def _for_each(items, start):
@@ -536,14 +538,14 @@ def _for_each(items, start):
     The calling thread works too, so a helper that gets no processor costs nothing. What Python
     itself does for an item runs on one thread at a time, so there is to be little of it.
     """
-    global _pool, threads_of_pool
+    global _pool, _threads_of_pool
     threads = torch.get_num_threads()
     if threads == 1 or items <= 1:
         run = start()
         return [run(b) for b in range(items)]
-    if threads_of_pool != (os.getpid(), threads):  # a forked process has none of the threads
+    if _threads_of_pool != (os.getpid(), threads):  # a forked process has none of the threads
         _pool = ThreadPoolExecutor(threads, "soft_dtw")
-        threads_of_pool = os.getpid(), threads
+        _threads_of_pool = os.getpid(), threads
     pool, results = _pool, [None] * items
     waiting = iter(range(items))  # next() is atomic
 
@@ -751,10 +753,10 @@ def _preparing(x, y, n, m, cost):
         x_array, y_array, u_array, v_array = (z.numpy() for z in (x, y, *factors))
 
         def centred(b):
-            k, l = n[b], m[b]  # noqa: E741
-            a, c = squares[0][:k], squares[1][:l]
-            _centre(x_array[b, :k], y_array[b, :l], u_array[:k], v_array[:l], a, c)
-            return (factors[0][:k], a), (factors[1][:l], c)
+            N, M = n[b], m[b]
+            a, c = squares[0][:N], squares[1][:M]
+            _centre(x_array[b, :N], y_array[b, :M], u_array[:N], v_array[:M], a, c)
+            return (factors[0][:N], a), (factors[1][:M], c)
 
         return centred
     constant = 0.5 if cost == "cosine" else 0.0
@@ -895,8 +897,9 @@ class _Pair:
             spans = problem.backward(
                 weight, below, array, 0, self.m, row_sums[start : start + rows], column_sums
             )
-            for i, k, j, l in _blocks(spans.tolist(), rows):  # noqa: E741
-                yield start + i, j, e.as_strided((k - i, l - j), (self.m, 1), i * self.m + j)
+            for i, end, j, last in _blocks(spans.tolist(), rows):
+                size, at = (end - i, last - j), i * self.m + j
+                yield start + i, j, e.as_strided(size, (self.m, 1), at)
 
 
 def _blocks(spans, rows):
@@ -904,19 +907,20 @@ def _blocks(spans, rows):
 
     Neighbours are one block where it holds little more than they do: a product less.
     """
-    blocks, area = [], 0
-    for s, (j, l) in enumerate(spans):  # noqa: E741
-        i, k = s * LANES, min((s + 1) * LANES, rows)
-        if j >= l:
+    blocks: list[tuple[int, int, int, int]] = []
+    area = 0
+    for s, (first, last) in enumerate(spans):
+        top, end = s * LANES, min((s + 1) * LANES, rows)
+        if first >= last:
             continue
-        own = (k - i) * (l - j)
-        if blocks and blocks[-1][1] == i:
-            top, _, first, last = blocks[-1]
-            first, last = min(first, j), max(last, l)
-            if (k - top) * (last - first) <= 1.1 * (area + own):
-                blocks[-1], area = (top, k, first, last), area + own
+        own = (end - top) * (last - first)
+        if blocks and blocks[-1][1] == top:
+            above, _, left, right = blocks[-1]
+            left, right = min(left, first), max(right, last)
+            if (end - above) * (right - left) <= 1.1 * (area + own):
+                blocks[-1], area = (above, end, left, right), area + own
                 continue
-        blocks.append((i, k, j, l))
+        blocks.append((top, end, first, last))
         area = own
     return blocks
 
