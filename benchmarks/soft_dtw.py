@@ -2,6 +2,7 @@
 
     python benchmarks/soft_dtw.py --shapes S M L --against tslearn pysdtw --json FILE
     python benchmarks/soft_dtw.py --base HEAD~1 --against --csv benchmarks/results/soft_dtw.csv
+    python benchmarks/soft_dtw.py --page docs/soft_dtw.md     (writes its tables anew, runs nothing)
 
 All take turns in one run, so that what else the machine does falls on all of them; compare figures
 of one run only. Nothing is timed before its value and gradient pass: ours has to, another library
@@ -24,10 +25,12 @@ import json
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import torch
@@ -37,6 +40,7 @@ sys.path.insert(
     0, os.environ.get("SOFT_DTW_ROOT", str(pathlib.Path(__file__).resolve().parents[1]))
 )
 
+from pi_finetune.files import write_text
 from pi_finetune.soft_dtw import soft_dtw
 
 PROJECT = pathlib.Path(__file__).resolve().parents[1]
@@ -250,9 +254,65 @@ def revision(name, threads):
             subprocess.run([*git, "worktree", "remove", "--force", folder], check=True)
 
 
+#: Functions of the CPU backend, by what they do.
+PARTS = {
+    "centring": "_centre",
+    "cost product": "_product",
+    "recursion, forward": "_forward",
+    "recursion, backward": "_backward",
+    "gradient products": "_add_product",
+    "gradient of the squares": "_add_scaled_rows",
+}
+
+
+def processor_time(call):
+    """Milliseconds of all threads."""
+    start = time.process_time()
+    call()
+    return (time.process_time() - start) * 1e3
+
+
+def parts(case, call, repeats):
+    """Milliseconds of processor in each part of a call: the least of all repeats, of all threads.
+
+    What else a machine does then adds little. The rest is Python, autograd, memory that is new,
+    and the threads of PyTorch's own pool, which keep a processor busy for a while after their last
+    work. Beside it, the least of the three products.
+    """
+    from pi_finetune.soft_dtw import cpu
+
+    spent, lock = dict.fromkeys(PARTS, 0.0), threading.Lock()
+
+    def timing(part, function):
+        def timed(*arguments):
+            start = time.thread_time()
+            result = function(*arguments)
+            seconds = time.thread_time() - start
+            with lock:
+                spent[part] += seconds * 1e3
+            return result
+
+        return timed
+
+    originals = {name: getattr(cpu, name) for name in PARTS.values()}
+    times = []
+    try:
+        for part, name in PARTS.items():
+            setattr(cpu, name, timing(part, originals[name]))
+        for _ in range(repeats):
+            spent.update(dict.fromkeys(PARTS, 0.0))
+            total, floor = processor_time(call), processor_time(case.products)
+            rest = total - sum(spent.values())
+            times.append({**spent, "the rest": rest, "together": total, "three products": floor})
+    finally:
+        for name, function in originals.items():
+            setattr(cpu, name, function)
+    return {part: round(min(row[part] for row in times), 3) for part in times[0]}
+
+
 def measure(names, shape, gamma, repeats, device, base=None):
     """Rows by name; ``base`` is a pair of a name and an :class:`Other`, timed in turn with them."""
-    case, timed, rows = Case(shape, gamma, device), {}, {}
+    case, timed, rows, ours_call = Case(shape, gamma, device), {}, {}, None
     for name in ("products", *names):
         try:
             call, rows[name] = case.prepare(name)
@@ -262,6 +322,7 @@ def measure(names, shape, gamma, repeats, device, base=None):
             print(f"{name}: left out, {type(error).__name__}: {error}"[:300], file=sys.stderr)
             continue
         timed[name] = lambda call=call: case.time(call)
+        ours_call = call if name == "pi_finetune (cpu)" else ours_call
     if base is not None:
         name, other = base
         asked = {"name": names[0], "shape": shape, "gamma": gamma, "device": str(device)}
@@ -272,6 +333,8 @@ def measure(names, shape, gamma, repeats, device, base=None):
     for _ in range(repeats):
         for name, milliseconds in timed.items():
             rows[name]["times"].append(milliseconds())
+    if "pi_finetune (cpu)" in names:
+        rows["pi_finetune (cpu)"]["parts"] = parts(case, ours_call, repeats)
     return rows
 
 
@@ -285,7 +348,7 @@ def summary(rows):
             "median_ms": round(middle, 3),
             "quartiles_ms": [round(low, 3), round(high, 3)],
             "to_products": round(middle / floor, 3),
-            **{k: v if v is None else float(f"{v:.4g}") for k, v in row.items()},
+            **{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()},
         }
 
 
@@ -329,35 +392,74 @@ def append(path, result):
             writer.writeheader()
         for part in result["shapes"].values():
             shape = ",".join(map(str, part["B, N, M, D"]))
-            for row in part["results"]:
+            for row in map(dict, part["results"]):
                 low, high = row.pop("quartiles_ms")
+                row.pop("parts", None)
                 where = {"shape": shape, "load": part["load_before"]}
                 quartiles = {"quartile_1_ms": low, "quartile_3_ms": high}
                 writer.writerow({**common, **where, **quartiles, **row})
 
 
-def show(result):
-    """Print a results file as it was printed when it was made."""
-    print(f"{result['device']}, {result['threads']} threads, gamma {result['gamma']}, ", end="")
-    print(", ".join(f"{package} {version}" for package, version in result["versions"].items()))
-    for label, part in result["shapes"].items():
-        show_shape(label, part)
+def shown(result):
+    """A results file as Markdown."""
+    versions = [f"{package} {version}" for package, version in result["versions"].items()]
+    head = f"{result['device']}, {result['threads']} threads, gamma {result['gamma']}"
+    return "\n".join(
+        [
+            ", ".join([head, *versions]),
+            *(shown_shape(label, part) for label, part in result["shapes"].items()),
+        ]
+    )
 
 
-def show_shape(label, part):
+def shown_shape(label, part):
     load = "" if part["load_before"] is None else f", load average {part['load_before']:.1f}"
-    print(f"\n{label}: B, N, M, D = {', '.join(map(str, part['B, N, M, D']))}{load}\n")
-    print("| | median ms | quartiles ms | to products | peak MB | gradient error |")
-    print("|---|---|---|---|---|---|")
+    lines = [
+        f"\n{label}: B, N, M, D = {', '.join(map(str, part['B, N, M, D']))}{load}\n",
+        "| | median ms | quartiles ms | to products | peak MB | gradient error |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in part["results"]:
         low, high = row["quartiles_ms"]
         memory = "" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}"
         error = f"{row['gradient_error']:.0e}" if "gradient_error" in row else ""
-        print(
+        lines.append(
             f"| {row['name']} | {row['median_ms']:.1f} | {low:.1f} to {high:.1f} "
-            f"| {row['to_products']:.2f} | {memory} | {error} |",
-            flush=True,
+            f"| {row['to_products']:.2f} | {memory} | {error} |"
         )
+    return "\n".join(lines)
+
+
+def shown_parts(result):
+    """Where the time of ours goes, of every shape in a results file, as a table."""
+    columns = {}
+    for part in result["shapes"].values():
+        load = f"load average {part['load_before']:.1f}"
+        label = f"{', '.join(map(str, part['B, N, M, D']))} ({load})"
+        columns[label] = next(row["parts"] for row in part["results"] if "parts" in row)
+    lines = [f"| {' | '.join(['', *columns])} |", "|---" * (1 + len(columns)) + "|"]
+    for part in next(iter(columns.values())):
+        each = (
+            f"{times[part]:.2f} ({times[part] / times['together']:.0%})"
+            for times in columns.values()
+        )
+        lines.append(f"| {' | '.join([part, *each])} |")
+    return "\n".join(lines)
+
+
+TABLES = re.compile(
+    r"(<!-- (benchmarks/results/\S+\.json)( parts)? -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL
+)
+
+
+def with_tables(text):
+    """A page's text, what stands between the name of a results file and "end" made from it."""
+
+    def made(found):
+        result = json.loads((PROJECT / found[2]).read_text())
+        return found[1] + (shown_parts if found[3] else shown)(result) + found[4]
+
+    return TABLES.sub(made, text)
 
 
 def main():
@@ -373,10 +475,10 @@ def main():
     parser.add_argument("--csv", type=pathlib.Path, help="add rows of the results to this")
     parser.add_argument("--base", metavar="REV", help="also time this revision of the project")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--show", type=pathlib.Path, help="print a results file and run nothing")
+    parser.add_argument("--page", type=pathlib.Path, help="write its tables anew and run nothing")
     arguments = parser.parse_args()
-    if arguments.show:
-        return show(json.loads(arguments.show.read_text()))
+    if arguments.page:
+        return write_text(arguments.page, with_tables(arguments.page.read_text()))
 
     torch.set_num_threads(arguments.threads)
     if arguments.serve:
@@ -393,7 +495,7 @@ def main():
         "dtype": "float32",
         "shapes": {},
     }
-    show(result)
+    print(shown(result))
     with contextlib.ExitStack() as stack:
         base = None
         if arguments.base:
@@ -405,10 +507,12 @@ def main():
             rows = measure(names, shape, arguments.gamma, arguments.repeats, device, base)
             part = {"B, N, M, D": shape, "load_before": load, "results": list(summary(rows))}
             result["shapes"][label] = part
-            show_shape(label, part)
+            print(shown_shape(label, part), flush=True)
+        if device.type == "cpu":
+            print("\nProcessor time in ms at least:\n", shown_parts(result), sep="\n")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(arguments.json, json.dumps(result, indent=1) + "\n")
     if arguments.csv:
         append(arguments.csv, result)
 

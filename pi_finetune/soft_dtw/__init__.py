@@ -149,9 +149,7 @@ def _check_options(
             "divergence takes it to be; use a gamma above 0"
         )
     bandwidth = None if bandwidth is None else int(bandwidth)
-    return Recursion(
-        gamma, bandwidth, itakura, down, right, diagonal, bool(open_begin), bool(open_end)
-    )
+    return Recursion(gamma, bandwidth, itakura, down, right, diagonal, open_begin, open_end)
 
 
 def _check_features(x, y, x_lengths, y_lengths, cost):

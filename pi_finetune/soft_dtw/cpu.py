@@ -51,7 +51,7 @@ __all__ = [
 STATE_DTYPE = torch.float64
 
 LANES = 64  # rows of a strip: 4 AVX-512 or 8 AVX2 vectors of float32, enough to hide latencies
-STEPS = 64  # steps of a tile; its costs (32 KB) and weights (48 KB) stay in the L2 cache
+STEPS = LANES  # steps of a tile; its costs (32 KB) and weights (48 KB) stay in the L2 cache
 
 # "Infinite" R and cost, finite so that differences are never NaN. Sums of BIG stay far above any
 # real R, and float32 holds both.
@@ -151,28 +151,84 @@ LAST, DIAGONAL, BEST, R_SIZE = 0, 72, 144, 208
 UP, LEFT, CORNER, SOFT, WORK_SIZE = 0, LANES, 2 * LANES, 3 * LANES, 4 * LANES
 
 
+@intrinsic
+def _transpose_block(typingctx, source, s, s_stride, target, t, t_stride):
+    """target[t + j * t_stride + i] = source[s + i * s_stride + j] for i and j below _BLOCK."""
+
+    def codegen(context, builder, signature, args):
+        element = context.get_data_type(signature.args[0].dtype)
+        size = signature.args[0].dtype.bitwidth // 8
+        width = 32 // size
+        vector = ir.VectorType(element, width)
+        arrays = [context.make_array(signature.args[k])(context, builder, args[k]) for k in (0, 3)]
+
+        def pointer(array, at, stride, i):
+            at = builder.add(at, builder.mul(stride, ir.Constant(stride.type, i)))
+            return builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer())
+
+        rows = []
+        for i in range(width):
+            rows.append(builder.load(pointer(arrays[0], args[1], args[2], i)))
+            rows[-1].align = size
+        distance = 1
+        while distance < width:
+            halves = [
+                [k if not k & distance else width + k - distance for k in range(width)],
+                [k + distance if not k & distance else width + k for k in range(width)],
+            ]
+            low, high = (ir.Constant(ir.VectorType(ir.IntType(32), width), h) for h in halves)
+            for i in range(width):
+                if not i & distance:
+                    pair = rows[i], rows[i + distance]
+                    rows[i] = builder.shuffle_vector(*pair, low)
+                    rows[i + distance] = builder.shuffle_vector(*pair, high)
+            distance *= 2
+        for i, row in enumerate(rows):
+            builder.store(row, pointer(arrays[1], args[4], args[5], i)).align = size
+        return context.get_dummy_value()
+
+    one = types.intp
+    return types.void(source, one, one, target, one, one), codegen
+
+
 @_jit
-def _load_tile(tile, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi):
+def _transpose(source, target):
+    """Of a tile, [STEPS, LANES] and [LANES, STEPS] or the other way round, both flat."""
+    block = 32 // source.itemsize
+    for i in range(0, STEPS, block):
+        for j in range(0, STEPS, block):
+            _transpose_block(  # type: ignore[call-arg]
+                source, i * STEPS + j, STEPS, target, j * STEPS + i, STEPS
+            )
+
+
+@_jit
+def _load_tile(
+    tile, by_lane, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi
+):
     """tile[t, k] = cost of (i0 + k, t0 + t - k) in base 2, BIG outside. False if all is outside.
 
-    The cost is max(a[i] + b[j] + scale * p[i, j], floor).
+    The cost is max(a[i] + b[j] + scale * p[i, j], floor). `by_lane` holds it transposed.
     """
-    tile[:] = BIG
     some = False
-    costs = np.empty(STEPS)
-    for k in range(rows):
+    for k in range(LANES):
+        lane = by_lane[k * STEPS : (k + 1) * STEPS]
         i = i0 + k
-        first, last = max(lo[i], t0 - k), min(hi[i], t0 - k + STEPS)
+        first = max(lo[i], t0 - k) if k < rows else 0
+        last = min(hi[i], t0 - k + STEPS) if k < rows else 0
         if first >= last:
+            lane[:] = BIG
             continue
         some = True
-        at = offset + i * stride
+        at, begin, end = offset + i * stride, first + k - t0, last + k - t0
         product, own, a_i = p[at + first : at + last], b[first:last], np.float64(a[i])
+        lane[:begin] = BIG
+        costs = lane[begin:end]
         for j in range(len(product)):
             costs[j] = max(a_i + own[j] + scale * product[j], floor) * per_unit
-        lane = tile[first + k - t0 :, k]
-        for j in range(len(product)):
-            lane[j] = costs[j]
+        lane[end:] = BIG
+    if some:
+        _transpose(by_lane, tile)
     return some
 
 
@@ -224,29 +280,49 @@ def _enter_strip(r, corner):
 
 
 @_jit
+def _band(start, rows, n, m, bandwidth, itakura):
+    """First and last + 1 column of the cells in each of some rows; see reference.band_mask."""
+    lo, hi = np.zeros(rows, np.int64), np.full(rows, m)
+    if n > 1 and (bandwidth >= 0 or itakura >= 0):
+        longest, end = max(n, m) - 1, (n - 1) * (m - 1)
+        width = (2 * max(bandwidth, 0) + 1) * longest
+        for k in range(rows):
+            u = (start + k) * (m - 1)
+            first, last = -((width - 2 * u) // (2 * (n - 1))), (width + 2 * u) // (2 * (n - 1))
+            if itakura >= 0:
+                low = max(-(-1000 * u // itakura), -((itakura * (end - u) - 1000 * end) // 1000))
+                high = min(itakura * u // 1000, end + (-1000 * (end - u)) // itakura)
+                first, last = min(first, -(-low // (n - 1))), max(last, high // (n - 1))
+            lo[k], hi[k] = max(first, 0), min(last + 1, m)
+    return lo, hi
+
+
+@_jit
 def _tiles(m):
     return (m + LANES - 1 + STEPS - 1) // STEPS
 
 
 @_jit
 def _forward(
-    p, offset, stride, n, m, a, b, scale, floor, per_unit, lo, hi,
-    steps, hard, open_begin, first, border, state, save,
-):  # fmt: skip
-    """R of n rows, in base 2, given R of the row above them in border[0].
+    p, offset, stride, n, m, a, b, scale, floor, per_unit, paths, first, total, border, state, save
+):
+    """R of n rows from `first` of the pair's `total`, in base 2, given R of the row above them in
+    border[0].
 
     border [strips + 1, m], or [1, m] without `save`, gets R of each strip's last row; to save,
-    `state` gets what enters each tile. `first`: nothing lies above, a path may start here.
+    `state` gets what enters each tile.
     """
-    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty((STEPS, LANES))
-    down, right, diagonal = steps
+    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty(STEPS * LANES)
+    by_lane = np.empty(LANES * STEPS)
+    down, right, diagonal, hard, open_begin, bandwidth, itakura = paths
     penalised = down != 0 or right != 0 or diagonal != 0
+    lo, hi = _band(first, n, total, m, bandwidth, itakura)
     tiles = _tiles(m)
     for s in range((n + LANES - 1) // LANES):
         i0 = s * LANES
         rows = min(LANES, n - i0)
         above, here = (s * m, (s + 1) * m) if save else (0, 0)
-        start = first and s == 0
+        start = first + s == 0
         _enter_strip(r, -diagonal if start else BIG)
         for u in range(tiles):
             t0 = u * STEPS
@@ -256,7 +332,7 @@ def _forward(
                     state[at + k] = r[LAST + k + 1]
                     state[at + LANES + k] = r[DIAGONAL + k]
             inside = _load_tile(
-                tile, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi
+                tile, by_lane, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi
             )
             if not inside:  # all of it beyond the band: only what lane 0 finds at its corner passes
                 r[:] = BIG
@@ -267,7 +343,16 @@ def _forward(
                     r[LAST] = border[above + t] if t < m else BIG
                     if open_begin and start:
                         r[DIAGONAL] = -diagonal
-                    _step(r, work, tile[t - t0], down, right, diagonal, penalised, hard)
+                    _step(
+                        r,
+                        work,
+                        tile[(t - t0) * LANES : (t - t0 + 1) * LANES],
+                        down,
+                        right,
+                        diagonal,
+                        penalised,
+                        hard,
+                    )
                 j = t - rows + 1  # the column that the strip's last row has reached
                 if 0 <= j < m:
                     border[here + j] = r[LAST + rows]
@@ -321,30 +406,47 @@ def _step_back(flow, weights, e, negligible, zero):
         flow[SOON + k] = value * weights[CORNER + k]
 
 
+@_jit_sums
+def _write(values, weight, zero, e, column_sums):
+    """e = weight * values; column_sums += values; the values' sum."""
+    total = zero
+    for j in range(len(values)):
+        e[j] = weight * values[j]
+        column_sums[j] += values[j]
+        total += values[j]
+    return total
+
+
 @_jit
 def _backward(
-    p, offset, stride, n, m, a, b, scale, floor, per_unit, lo, hi,
-    steps, hard, open_begin, first, border, state,
-    weight, negligible, below, e, e_offset, e_strip, e_row, e_column, row_sums, column_sums, spans,
+    p, offset, stride, n, m, a, b, scale, floor, per_unit, paths, first, total, border, state,
+    weight, negligible, below, e, e_offset, e_stride, row_sums, column_sums, spans,
 ):  # fmt: skip
-    """Add up weight * E where it is not 0: into e, at the given strides, and its two sums.
+    """Write weight * E of all n rows into e, at e_offset + i * e_stride + j, and add to its sums.
 
     `below` [m] is what flows into the last row from what lies below it, and then what flows out
     of the first row. spans [strips, 2] are the columns that each strip's E lies in.
     """
-    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty((STEPS, LANES))
-    weights, e_tile = np.empty((STEPS, 3 * LANES), p.dtype), np.empty((STEPS, LANES), p.dtype)
-    flow, next_below = np.empty(FLOW_SIZE, p.dtype), np.zeros(m, p.dtype)
-    down, right, diagonal = steps
+    r, work, tile = np.empty(R_SIZE), np.empty(WORK_SIZE, p.dtype), np.empty(STEPS * LANES)
+    by_lane, weights = np.empty(LANES * STEPS), np.empty((STEPS, 3 * LANES), p.dtype)
+    e_tile, e_by_lane = np.zeros(STEPS * LANES, p.dtype), np.empty(LANES * STEPS, p.dtype)
+    flow, next_below, strip_sums = (
+        np.empty(FLOW_SIZE, p.dtype), np.zeros(m, p.dtype), np.empty(m, p.dtype),
+    )  # fmt: skip
+    down, right, diagonal, hard, open_begin, bandwidth, itakura = paths
     penalised = down != 0 or right != 0 or diagonal != 0
+    lo, hi = _band(first, n, total, m, bandwidth, itakura)
     tiles, zero = _tiles(m), negligible - negligible
     for s in range((n + LANES - 1) // LANES - 1, -1, -1):
         i0 = s * LANES
         rows = min(LANES, n - i0)
-        start = first and s == 0
+        start = first + s == 0
         flow[:] = 0
         next_below[:] = 0
-        begin, end = m, 0
+        strip_sums[:] = 0
+        for k in range(rows):
+            row = e_offset + (i0 + k) * e_stride
+            e[row : row + m] = 0
         for u in range(tiles - 1, -1, -1):
             t0 = u * STEPS
             t1 = min(t0 + STEPS, m + rows - 1)
@@ -356,7 +458,9 @@ def _backward(
             if not alive:
                 continue
             # Forward again inside the tile.
-            _load_tile(tile, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi)
+            _load_tile(
+                tile, by_lane, i0, rows, t0, p, offset, stride, a, b, scale, floor, per_unit, lo, hi
+            )
             at = (s * tiles + u) * 2 * LANES
             for k in range(LANES):
                 r[LAST + k + 1] = state[at + k]
@@ -365,30 +469,46 @@ def _backward(
                 r[LAST] = border[s * m + t] if t < m else BIG
                 if open_begin and start:
                     r[DIAGONAL] = -diagonal
-                _step(r, work, tile[t - t0], down, right, diagonal, penalised, hard)
+                _step(
+                    r,
+                    work,
+                    tile[(t - t0) * LANES : (t - t0 + 1) * LANES],
+                    down,
+                    right,
+                    diagonal,
+                    penalised,
+                    hard,
+                )
                 _save_weights(work, weights[t - t0])
             # Backward.
             for t in range(t1 - 1, t0 - 1, -1):
                 j = t - rows + 1
                 flow[FROM_BELOW + rows] = below[j] if 0 <= j < m else 0
                 flow[FROM_CORNER + rows] = 0
-                _step_back(flow, weights[t - t0], e_tile[t - t0], negligible, zero)
+                diagonal_e = e_tile[(t - t0) * LANES : (t - t0 + 1) * LANES]
+                _step_back(flow, weights[t - t0], diagonal_e, negligible, zero)
                 if t < m:
                     next_below[t] += flow[FROM_BELOW]
                     next_below[t - 1 if t > 0 else 0] += flow[SOON] if t > 0 else 0
+            _transpose(e_tile, e_by_lane)
             for k in range(rows):
                 i = i0 + k
                 j0, j1 = max(lo[i], t0 - k), min(hi[i], t0 - k + STEPS)
-                for j in range(j0, j1):
-                    value = e_tile[j + k - t0, k]
-                    if value != 0:
-                        value *= weight
-                        e[e_offset + s * e_strip + k * e_row + j * e_column] = value
-                        row_sums[i] += value
-                        column_sums[j] += value
-                        begin, end = min(begin, j), max(end, j + 1)
+                if j0 < j1:
+                    at = k * STEPS + k - t0
+                    lane, row = e_by_lane[at + j0 : at + j1], e_offset + i * e_stride
+                    row_sums[i] += weight * _write(
+                        lane, weight, zero, e[row + j0 : row + j1], strip_sums[j0:j1]
+                    )
         below[:] = next_below
-        spans[s, 0], spans[s, 1] = min(begin, end), end
+        begin, end = 0, m
+        while end > 0 and strip_sums[end - 1] == 0:
+            end -= 1
+        while begin < end and strip_sums[begin] == 0:
+            begin += 1
+        for j in range(begin, end):
+            column_sums[j] += weight * strip_sums[j]
+        spans[s, 0], spans[s, 1] = begin, end
 
 
 # --------------------------------------------------------------------------------------------------
@@ -404,51 +524,37 @@ def _state_size(N, M):
     return (_strips(N) + 1) * M + _strips(N) * -(-(M + LANES - 1) // STEPS) * 2 * LANES
 
 
-@_jit
-def _band(start, rows, n, m, bandwidth, itakura):
-    """First and last + 1 column of the cells in each of some rows; see reference.band_mask."""
-    lo, hi = np.zeros(rows, np.int64), np.full(rows, m)
-    if n > 1 and (bandwidth >= 0 or itakura >= 0):
-        longest, end = max(n, m) - 1, (n - 1) * (m - 1)
-        width = (2 * max(bandwidth, 0) + 1) * longest
-        for k in range(rows):
-            u = (start + k) * (m - 1)
-            first, last = -((width - 2 * u) // (2 * (n - 1))), (width + 2 * u) // (2 * (n - 1))
-            if itakura >= 0:
-                low = max(-(-1000 * u // itakura), -((itakura * (end - u) - 1000 * end) // 1000))
-                high = min(itakura * u // 1000, end + (-1000 * (end - u)) // itakura)
-                first, last = min(first, -(-low // (n - 1))), max(last, high // (n - 1))
-            lo[k], hi[k] = max(first, 0), min(last + 1, m)
-    return lo, hi
-
-
 _pool: Any = None
-threads_of_pool = None
+_threads_of_pool = None
 
 
-def _for_each(items, function):
-    """[function(b) for b in range(items)], on as many threads as PyTorch uses.
+def _for_each(items, start):
+    """[run(b) for b in range(items)], on as many threads as PyTorch uses: each has start() make
+    its `run`, and with that what it writes to.
 
     Python threads, which the kernels and PyTorch's operators free of the GIL. Whole items run in
     parallel, each operator on one thread (more where there are fewer items than threads): nothing
     waits at the barriers of a parallel matrix product, which on a busy machine is most of the time.
-    The calling thread works too, so a helper that gets no processor costs nothing.
+    The calling thread works too, so a helper that gets no processor costs nothing. What Python
+    itself does for an item runs on one thread at a time, so there is to be little of it.
     """
-    global _pool, threads_of_pool
+    global _pool, _threads_of_pool
     threads = torch.get_num_threads()
     if threads == 1 or items <= 1:
-        return [function(b) for b in range(items)]
-    if threads_of_pool != (os.getpid(), threads):  # a forked process has none of the threads
+        run = start()
+        return [run(b) for b in range(items)]
+    if _threads_of_pool != (os.getpid(), threads):  # a forked process has none of the threads
         _pool = ThreadPoolExecutor(threads, "soft_dtw")
-        threads_of_pool = os.getpid(), threads
+        _threads_of_pool = os.getpid(), threads
     pool, results = _pool, [None] * items
     waiting = iter(range(items))  # next() is atomic
 
     def work():
         torch.set_num_threads(max(1, threads // items))
         with torch.no_grad():  # a setting of each thread
+            run = start()
             for b in waiting:
-                results[b] = function(b)
+                results[b] = run(b)
 
     helpers = [pool.submit(work) for _ in range(min(threads, items) - 1)]
     try:
@@ -462,6 +568,23 @@ def _for_each(items, function):
     return results
 
 
+class _Paths(NamedTuple):
+    """A Recursion as the kernels take it."""
+
+    numbers: tuple[float | bool | int, ...]  # down, right, diagonal, hard, open_begin, two bands
+    unit: float  # of R and of costs
+    hard: bool
+    open_end: bool
+
+
+def _paths(recursion):
+    hard = recursion.gamma == 0
+    unit = 1.0 if hard else recursion.gamma * math.log(2)
+    bands = (-1 if k is None else k for k in (recursion.bandwidth, recursion.itakura))
+    steps = (penalty / unit for penalty in (recursion.down, recursion.right, recursion.diagonal))
+    return _Paths((*steps, hard, recursion.open_begin, *bands), unit, hard, recursion.open_end)
+
+
 class _Problem:
     """A pair of sequences, or some of its rows, in the form that the kernels take.
 
@@ -472,25 +595,17 @@ class _Problem:
     """
 
     def __init__(
-        self, p, offset, stride, n, m, a, b, scale, floor, state, recursion, start, total, top=None
+        self, p, offset, stride, n, m, a, b, scale, floor, state, paths, start, total, top=None
     ):
-        self.n, self.m, self.recursion = n, m, recursion
-        self.hard, self.save = recursion.gamma == 0, state is not None
-        self.unit = 1.0 if self.hard else recursion.gamma * math.log(2)
+        self.m, self.paths, self.save = m, paths, state is not None
         rows = _strips(n) + 1 if self.save else 1
         if state is None:
             state = np.empty(m)
         self.border = state[: rows * m]
         self.border[:m] = BIG if top is None else top
-        steps = (
-            recursion.down / self.unit, recursion.right / self.unit,
-            recursion.diagonal / self.unit,
-        )  # fmt: skip
-        band = (-1 if k is None else k for k in (recursion.bandwidth, recursion.itakura))
         self.arguments = (
-            p, offset, stride, n, m, a, b, scale, floor, 1 / self.unit,
-            *_band(start, n, total, m, *band), steps, self.hard, recursion.open_begin,
-            top is None, self.border, state[rows * m :],
+            p, offset, stride, n, m, a, b, scale, floor, 1 / paths.unit, paths.numbers,
+            start, total, self.border, state[rows * m :],
         )  # fmt: skip
 
     def forward(self):
@@ -504,23 +619,17 @@ class _Problem:
     def end(self, row):
         """Loss, and E that enters the last row, given its R."""
         weights = np.empty(self.m, self.arguments[0].dtype)
-        return _end(row, self.hard, self.recursion.open_end, weights) * self.unit, weights
+        return _end(row, self.paths.hard, self.paths.open_end, weights) * self.paths.unit, weights
 
-    def backward(self, weight, below, e, e_offset, e_strip, e_row, e_column, *sums):
-        """Write weight * E into the flat array e, add to its row and column sums; the spans."""
-        spans = np.empty((_strips(self.n), 2), np.int64)
+    def backward(self, weight, below, e, offset, stride, row_sums, column_sums):
+        """Write weight * E at offset + i * stride + j of e; add to its sums; each strip's span."""
+        spans = np.empty((_strips(self.arguments[3]), 2), np.int64)
         negligible = e.dtype.type(NEGLIGIBLE if e.dtype == np.float32 else 0)
         _backward(
-            *self.arguments, e.dtype.type(weight), negligible, below,
-            e, e_offset, e_strip, e_row, e_column, *sums, spans,
+            *self.arguments, e.dtype.type(weight), negligible, below, e, offset, stride,
+            row_sums, column_sums, spans,
         )  # fmt: skip
         return spans
-
-    def backward_in_strips(self, weight, below, *sums):
-        """E as [strips, m, LANES], mostly untouched zeros, so that a strip's span is one block."""
-        dtype = self.arguments[0].dtype
-        e = np.zeros(_strips(self.n) * self.m * LANES, dtype)  # calloc: no page until written
-        return e, self.backward(weight, below, e, 0, self.m * LANES, 1, LANES, *sums)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -532,14 +641,24 @@ def cost_saved_sizes(B: int, N: int, M: int, grad: bool) -> int:
     return B * _state_size(N, M) if grad else 0
 
 
-def _cost_problem(b, d, n, m, state, recursion):
-    _, N, M = d.shape
-    each, zeros = _state_size(N, M), np.zeros(max(N, M), d.dtype)
-    state = state[b * each : (b + 1) * each] if len(state) else None
-    return _Problem(
-        d.reshape(-1), b * N * M, M, n[b], m[b], zeros, zeros, 1.0, -math.inf,
-        state, recursion, 0, n[b],
-    )  # fmt: skip
+def _cost_problems(d, n, m, state, recursion):
+    """A function that makes the problem of item b."""
+    B, N, M = d.shape
+    each, paths = len(state) // max(B, 1), _paths(recursion)
+    flat, zeros, n, m = (
+        d.numpy().reshape(-1),
+        np.zeros(max(N, M), d.numpy().dtype),
+        *(k.tolist() for k in (n, m)),
+    )
+    state = state.numpy()
+
+    def problem(b):
+        own = state[b * each : (b + 1) * each] if each else None
+        return _Problem(
+            flat, b * N * M, M, n[b], m[b], zeros, zeros, 1.0, -math.inf, own, paths, 0, n[b]
+        )
+
+    return problem
 
 
 def cost_forward(
@@ -548,13 +667,13 @@ def cost_forward(
     """As of the reference."""
     B, N, M = d.shape
     state = torch.empty(cost_saved_sizes(B, N, M, grad), dtype=STATE_DTYPE)
-    arguments = d.numpy(), n.tolist(), m.tolist(), state.numpy(), recursion
+    problem = _cost_problems(d, n, m, state, recursion)
 
     def run(b):
-        problem = _cost_problem(b, *arguments)
-        return problem.end(problem.forward())[0]
+        of_item = problem(b)
+        return of_item.end(of_item.forward())[0]
 
-    return torch.tensor(_for_each(len(d), run), dtype=d.dtype), state
+    return torch.tensor(_for_each(B, lambda: run), dtype=d.dtype), state
 
 
 def cost_backward(
@@ -566,18 +685,21 @@ def cost_backward(
     recursion: Recursion,
 ) -> torch.Tensor:
     """As of the reference."""
-    _, N, M = d.shape
-    arguments = d.numpy(), n.tolist(), m.tolist(), state.numpy(), recursion
+    B, N, M = d.shape
+    problem, weights = _cost_problems(d, n, m, state, recursion), grad.tolist()
     e = np.zeros(d.numel(), d.numpy().dtype)
-    weights = grad.tolist()
 
-    def run(b):
-        problem = _cost_problem(b, *arguments)
-        _, below = problem.end(problem.last_row())
-        sums = np.zeros(problem.n, e.dtype), np.zeros(problem.m, e.dtype)
-        problem.backward(weights[b], below, e, b * N * M, LANES * M, M, 1, *sums)
+    def start():
+        sums = np.zeros(N, e.dtype), np.zeros(M, e.dtype)  # not used
 
-    _for_each(len(d), run)
+        def run(b):
+            of_item = problem(b)
+            _, below = of_item.end(of_item.last_row())
+            of_item.backward(weights[b], below, e, b * N * M, M, *sums)
+
+        return run
+
+    _for_each(B, start)
     return torch.from_numpy(e).view(d.shape)
 
 
@@ -593,56 +715,59 @@ CHECKPOINTS = True
 _SCALE_FLOOR = {"sqeuclidean": (-2.0, 0.0), "cosine": (-1.0, -math.inf), "l1": (1.0, -math.inf)}
 
 
-@_jit
-def _add_rows(total, z):
-    """total += the sum of z's rows."""
-    for i in range(z.shape[0]):
-        for k in range(z.shape[1]):
-            total[k] += z[i, k]
-
-
 @_jit_sums
-def _centred(z, mean, out, squares):
-    """out = z - mean, squares = the sum of its squares, row by row."""
-    for i in range(z.shape[0]):
-        total = squares[i] * 0
-        for k in range(z.shape[1]):
-            value = z[i, k] - mean[k]
-            out[i, k] = value
-            total += value * value
-        squares[i] = total
+def _centre(x, y, u, v, x_squares, y_squares):
+    """u, v = x, y without the mean of both, and the sums of their rows' squares."""
+    mean = np.zeros(x.shape[1], x.dtype)
+    for z in (x, y):
+        for i in range(z.shape[0]):
+            for k in range(z.shape[1]):
+                mean[k] += z[i, k]
+    mean /= x.shape[0] + y.shape[0]
+    for z, out, squares in ((x, u, x_squares), (y, v, y_squares)):
+        for i in range(z.shape[0]):
+            total = mean[0] * 0
+            for k in range(z.shape[1]):
+                value = z[i, k] - mean[k]
+                out[i, k] = value
+                total += value * value
+            squares[i] = total
 
 
 @_jit
-def _scaled_rows(out, u, sums, add):
-    """out = 2 * sums * u, row by row, and 0 below u's rows; or added to it."""
+def _add_scaled_rows(out, u, sums):
+    """out += 2 * sums * u, row by row."""
     for i in range(u.shape[0]):
         scale = 2 * sums[i]
-        if add:
-            for k in range(u.shape[1]):
-                out[i, k] += scale * u[i, k]
-        else:
-            for k in range(u.shape[1]):
-                out[i, k] = scale * u[i, k]
-    if not add:
-        out[u.shape[0] :] = 0
+        for k in range(u.shape[1]):
+            out[i, k] += scale * u[i, k]
 
 
-def _prepare(x, y, cost):
-    """The two factors of the product, each with the part of the cost that is its own."""
+def _preparing(x, y, n, m, cost):
+    """A function of b: for either sequence of item b the factor of the product and the part of the
+    cost that is its own, in memory that the next call overwrites."""
+    dtype, lengths = x.numpy().dtype, (n, m)
     if cost == "sqeuclidean":
-        mean, sides = np.zeros(x.shape[1], x.numpy().dtype), []
-        for z in (x, y):
-            _add_rows(mean, z.numpy())
-        mean /= len(x) + len(y)
-        for z in (x, y):
-            centred, squares = torch.empty_like(z), np.zeros(len(z), mean.dtype)
-            _centred(z.numpy(), mean, centred.numpy(), squares)
-            sides.append((centred, squares))
-        return sides
-    if cost == "cosine":
-        return tuple((unit(z), z.new_full((len(z),), 0.5).numpy()) for z in (x, y))
-    return tuple((z, z.new_zeros(len(z)).numpy()) for z in (x, y))
+        factors = [z.new_empty(z.shape[1:]) for z in (x, y)]
+        squares = [np.empty(z.shape[1], dtype) for z in (x, y)]
+        x_array, y_array, u_array, v_array = (z.numpy() for z in (x, y, *factors))
+
+        def centred(b):
+            N, M = n[b], m[b]
+            a, c = squares[0][:N], squares[1][:M]
+            _centre(x_array[b, :N], y_array[b, :M], u_array[:N], v_array[:M], a, c)
+            return (factors[0][:N], a), (factors[1][:M], c)
+
+        return centred
+    constant = 0.5 if cost == "cosine" else 0.0
+    constants = [np.full(z.shape[1], constant, dtype) for z in (x, y)]
+
+    def others(b):
+        valid = (z[b, : length[b]] for z, length in zip((x, y), lengths))
+        factors = (unit(z) if cost == "cosine" else z for z in valid)
+        return tuple((z, own[: len(z)]) for z, own in zip(factors, constants))
+
+    return others
 
 
 def _product(u, v, cost, out):
@@ -694,74 +819,110 @@ def saved_sizes(
     return _layout(B, N, M, divergence, checkpointed, x_grad, y_grad)[1]
 
 
+class _Call(NamedTuple):
+    """What the problems of a batch share."""
+
+    cost: str
+    paths: _Paths
+    checkpointed: bool
+    padded: tuple[int, int]
+    products: torch.Tensor
+    products_array: np.ndarray
+    state: np.ndarray
+
+    def rows(self, n):
+        """Of a chunk."""
+        return min(_chunk(n), n) if self.checkpointed else n
+
+
 class _Pair:
     """One of an item's problems, by chunks of rows: all of them at once unless checkpointed."""
 
-    def __init__(self, b, kind, sides, padded, products, state, cost, recursion, checkpointed):
-        (self.u, a), (self.v, c) = sides[kind.row], sides[kind.column]
-        self.n, self.m, self.cost, self.kept = len(self.u), len(self.v), cost, not checkpointed
-        self.common = a, c, recursion
+    def __init__(self, call, b, kind, sides):
+        self.call = call
+        (self.u, self.a), (self.v, self.c) = sides[kind.row], sides[kind.column]
+        self.n, self.m = len(self.a), len(self.c)
         state_at = kind.state_at + b * kind.state_size
-        self.state: Any = state[state_at : state_at + kind.state_size] if kind.saved else None
+        self.state: Any = call.state[state_at : state_at + kind.state_size] if kind.saved else None
         # A state is laid out for the item's own lengths, which need no more than the padded ones.
-        self.rows = _chunk(padded[kind.row]) if checkpointed else self.n
+        self.rows = call.rows(self.n)
         if kind.size:
-            self.product, self.offset, self.stride = (
-                products, kind.at + b * kind.size, padded[kind.column],
-            )  # fmt: skip
+            self.product, self.array = call.products, call.products_array
+            self.offset, self.stride = kind.at + b * kind.size, call.padded[kind.column]
         else:
-            self.product = self.u.new_empty(min(self.rows, self.n) * self.m)
-            self.offset, self.stride = 0, self.m
+            self.product = self.u.new_empty(self.rows * self.m)
+            self.array, self.offset, self.stride = self.product.numpy(), 0, self.m
 
     def _problem(self, start, fill, state, top):
         rows = min(self.rows, self.n - start)
-        a, c, recursion = self.common
         if fill:
             out = self.product.as_strided((rows, self.m), (self.stride, 1), self.offset)
-            _product(self.u[start : start + rows], self.v, self.cost, out)
+            _product(self.u[start : start + rows], self.v, self.call.cost, out)
         return _Problem(
-            self.product.numpy(), self.offset, self.stride, rows, self.m,
-            a[start : start + rows], c, *_SCALE_FLOOR[self.cost],
-            state, recursion, start, self.n, top,
+            self.array, self.offset, self.stride, rows, self.m,
+            self.a[start : start + rows], self.c, *_SCALE_FLOOR[self.call.cost],
+            state, self.call.paths, start, self.n, top,
         )  # fmt: skip
 
     def forward(self):
         """Loss."""
-        row = None
+        row, kept = None, not self.call.checkpointed
         for index, start in enumerate(range(0, self.n, self.rows)):
-            problem = self._problem(start, True, self.state if self.kept else None, row)
+            problem = self._problem(start, True, self.state if kept else None, row)
             row = problem.forward()
-            if self.state is not None and not self.kept:
+            if self.state is not None and not kept:
                 self.state[index * self.m : (index + 1) * self.m] = row
         return problem.end(row)[0]
 
-    def backward(self, weight, row_sums, column_sums):
-        """The strips of weight * E, whose sums are added to those given.
+    def backward(self, weight, e, row_sums, column_sums):
+        """Blocks of weight * E that hold all that is not 0; their sums are added to those given.
 
-        Of each: its first row, E transposed [columns, rows], the first of these columns.
+        Of each: its first row, the first of its columns and the block itself, which lies in `e`
+        until the next chunk.
         """
-        starts, below = range(0, self.n, self.rows), None
+        starts, below, array = range(0, self.n, self.rows), None, e.numpy()
         for index in reversed(range(len(starts))):
             start, top = starts[index], None
-            if self.kept:
+            rows = min(self.rows, self.n - start)
+            if not self.call.checkpointed:
                 problem = self._problem(start, False, self.state, None)
                 row = problem.last_row()
             else:
-                rows = min(self.rows, self.n - start)
                 if index:
                     top = self.state[(index - 1) * self.m : index * self.m]
                 problem = self._problem(start, True, np.empty(_state_size(rows, self.m)), top)
                 row = problem.forward()
             if below is None:
                 below = problem.end(row)[1]
-            e, spans = problem.backward_in_strips(
-                weight, below, row_sums[start : start + problem.n], column_sums
+            spans = problem.backward(
+                weight, below, array, 0, self.m, row_sums[start : start + rows], column_sums
             )
-            e = torch.from_numpy(e).view(len(spans), self.m, LANES)
-            for s, (first, last) in enumerate(spans.tolist()):
-                if first < last:
-                    at = start + s * LANES
-                    yield at, e[s, first:last, : min(LANES, self.n - at)], first
+            for i, end, j, last in _blocks(spans.tolist(), rows):
+                size, at = (end - i, last - j), i * self.m + j
+                yield start + i, j, e.as_strided(size, (self.m, 1), at)
+
+
+def _blocks(spans, rows):
+    """Strips with their spans [strips, 2] as blocks (row, last row + 1, column, last column + 1).
+
+    Neighbours are one block where it holds little more than they do: a product less.
+    """
+    blocks: list[tuple[int, int, int, int]] = []
+    area = 0
+    for s, (first, last) in enumerate(spans):
+        top, end = s * LANES, min((s + 1) * LANES, rows)
+        if first >= last:
+            continue
+        own = (end - top) * (last - first)
+        if blocks and blocks[-1][1] == top:
+            above, _, left, right = blocks[-1]
+            left, right = min(left, first), max(right, last)
+            if (end - above) * (right - left) <= 1.1 * (area + own):
+                blocks[-1], area = (above, end, left, right), area + own
+                continue
+        blocks.append((top, end, first, last))
+        area = own
+    return blocks
 
 
 def features_forward(
@@ -780,18 +941,21 @@ def features_forward(
     padded = x.shape[1], y.shape[1]
     layout, sizes = _layout(len(x), *padded, divergence, checkpointed, x_grad, y_grad)
     products, state = x.new_empty(sizes[0]), torch.empty(sizes[1], dtype=STATE_DTYPE)
-    x, y, n, m, flat_state = x.contiguous(), y.contiguous(), n.tolist(), m.tolist(), state.numpy()
+    call = _Call(
+        cost, _paths(recursion), checkpointed, padded, products, products.numpy(), state.numpy()
+    )
+    sides = x.contiguous(), y.contiguous(), n.tolist(), m.tolist(), cost
 
-    def run(b):
-        sides, loss = _prepare(x[b, : n[b]], y[b, : m[b]], cost), 0.0
-        for kind in layout:
-            pair = _Pair(
-                b, kind, sides, padded, products, flat_state, cost, recursion, checkpointed
-            )
-            loss += kind.sign * pair.forward()
-        return loss
+    def start():
+        prepare = _preparing(*sides)
 
-    return torch.tensor(_for_each(len(x), run), dtype=x.dtype), products, state
+        def run(b):
+            prepared = prepare(b)
+            return sum(kind.sign * _Pair(call, b, kind, prepared).forward() for kind in layout)
+
+        return run
+
+    return torch.tensor(_for_each(len(x), start), dtype=x.dtype), products, state
 
 
 def features_backward(
@@ -812,60 +976,59 @@ def features_backward(
     """As of the reference."""
     padded = x.shape[1], y.shape[1]
     layout, _ = _layout(len(x), *padded, divergence, checkpointed, x_grad, y_grad)
+    layout = [kind for kind in layout if kind.saved]
+    call = _Call(
+        cost, _paths(recursion), checkpointed, padded, products, products.numpy(), state.numpy()
+    )
     grads = [
         torch.empty_like(z, memory_format=torch.contiguous_format) if k else z.new_empty(0)
         for z, k in ((x, x_grad), (y, y_grad))
     ]
-    x, y, state, weights = x.contiguous(), y.contiguous(), state.numpy(), grad.tolist()
-    lengths = n.tolist(), m.tolist()
+    x, y, weights = x.contiguous(), y.contiguous(), grad.tolist()
+    sides = x, y, n.tolist(), m.tolist(), cost
+    size = max(call.rows(padded[kind.row]) * padded[kind.column] for kind in layout)
 
-    def run(b):
-        valid = [z[b, : length[b]] for z, length in zip((x, y), lengths)]
-        sides = _prepare(*valid, cost)  # type: ignore[call-arg]
-        outs = [out[b] if len(out) else None for out in grads]
-        pairs = [
-            (kind, _Pair(b, kind, sides, padded, products, state, cost, recursion, checkpointed))
-            for kind in layout
-            if kind.saved
-        ]
-        _gradients(outs, pairs, weights[b], sides, valid, cost, checkpointed)
+    def start():
+        prepare, e = _preparing(*sides), x.new_empty(size)
 
-    _for_each(len(x), run)
+        def run(b):
+            prepared = prepare(b)
+            pairs = [(kind, _Pair(call, b, kind, prepared)) for kind in layout]
+            outs = [
+                out[b].zero_()[: len(own)] if len(out) else None
+                for out, (_, own) in zip(grads, prepared)
+            ]
+            _gradients(outs, pairs, weights[b], prepared, e, cost)
+            if cost == "cosine":
+                for out, z in zip(outs, (x[b], y[b])):
+                    if out is not None:
+                        out.copy_(unit_backward(out, z[: len(out)]))
+
+        return run
+
+    _for_each(len(x), start)
     return tuple(grads)
 
 
-def _gradients(outs, pairs, weight, sides, valid, cost, checkpointed):
-    """Gradients [L, D] for an item's two sequences, into those of `outs` that are not None."""
-    dtype = valid[0].numpy().dtype
-    sums, flows = [np.zeros(len(z), dtype) for z in valid], []
+def _gradients(outs, pairs, weight, sides, e, cost):
+    """Add the gradients for an item's two factors to those of `outs` [L, D] that are not None."""
+    sums = [np.zeros_like(own) for _, own in sides]
     for kind, pair in pairs:
         # Of a sequence with itself E is symmetric: twice the rows' side does for both.
         own = kind.row == kind.column
-        into = sums[kind.row], np.zeros(pair.m, dtype) if own else sums[kind.column]
-        flows.append((kind, pair, pair.backward(-weight if own else weight, *into)))
-    # The squares' part of the gradient goes in first, in one pass, where the sums that it takes
-    # can be had first.
-    first = cost == "sqeuclidean" and not checkpointed
-    if first:
-        flows = [(kind, pair, list(strips)) for kind, pair, strips in flows]
-    for out, (side, _), side_sums in zip(outs, sides, sums):
-        if out is not None and first:
-            _scaled_rows(out.numpy(), side.numpy(), side_sums, False)
-        elif out is not None:
-            out.zero_()
-    for kind, pair, strips in flows:
-        rows, columns = outs[kind.row], outs[kind.column] if kind.row != kind.column else None
-        for at, e, start in strips:
-            i, j = slice(at, at + e.shape[1]), slice(start, start + e.shape[0])
+        into = sums[kind.row], np.empty_like(pair.c) if own else sums[kind.column]
+        rows, columns = outs[kind.row], None if own else outs[kind.column]
+        for at, first, block in pair.backward(-weight if own else weight, e, *into):
+            i, j = slice(at, at + block.shape[0]), slice(first, first + block.shape[1])
+            u, v = pair.u[i], pair.v[j]
             if rows is not None:
-                _add_product(rows[i], e.t(), pair.u[i], pair.v[j], cost)
+                _add_product(rows[i], block, u, v, cost)
             if columns is not None:
-                _add_product(columns[j], e, pair.v[j], pair.u[i], cost)
-    for out, (side, _), side_sums, z in zip(outs, sides, sums, valid):
-        if out is not None and cost == "sqeuclidean" and not first:
-            _scaled_rows(out.numpy(), side.numpy(), side_sums, True)
-        elif out is not None and cost == "cosine":
-            out[: len(z)] = unit_backward(out[: len(z)], z)
+                _add_product(columns[j], block.t(), v, u, cost)
+    if cost == "sqeuclidean":
+        for out, (factor, _), own_sums in zip(outs, sides, sums):
+            if out is not None:
+                _add_scaled_rows(out.numpy(), factor.numpy(), own_sums)
 
 
 def _add_product(out, e, u, v, cost):

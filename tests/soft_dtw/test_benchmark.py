@@ -32,12 +32,31 @@ def test_the_benchmark_of_the_readme_on_a_small_shape(tmp_path):
     assert all(float(row["median_ms"]) > 0 and row["shape"] == "2,40,36,8" for row in rows)
 
 
-def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
+@pytest.fixture
+def bench(monkeypatch):
     spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks/soft_dtw.py")
-    bench = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    spec.loader.exec_module(bench)
+    spec.loader.exec_module(module)
+    return module
 
+
+def test_tables_of_the_page_are_those_of_the_results(bench):
+    page = (ROOT / "docs/soft_dtw.md").read_text()
+    assert len(bench.TABLES.findall(page)) == page.count("<!-- benchmarks/results/") >= 3
+    assert bench.with_tables(page) == page, "run benchmarks/soft_dtw.py --page docs/soft_dtw.md"
+
+
+def test_parts_of_a_call_add_up_to_it(bench):
+    rows = bench.measure(("pi_finetune (cpu)",), (2, 40, 36, 8), 0.1, 3, torch.device("cpu"))
+    spent = rows["pi_finetune (cpu)"]["parts"]
+    assert set(spent) == {*bench.PARTS, "the rest", "together", "three products"}
+    assert all(ms > 0 for ms in spent.values())
+    # each is the least of its own repeats
+    assert sum(spent[part] for part in (*bench.PARTS, "the rest")) <= 1.001 * spent["together"]
+
+
+def test_what_is_wrong_is_not_timed(bench, monkeypatch, capsys):
     def nearly(gamma):
         return lambda x, y: 1.05 * bench.soft_dtw(x, y, gamma=gamma)
 
