@@ -77,7 +77,10 @@ def table(kind, baseline, places):
     if kind == "summary":
         return _narrow(summary_table(comparison, markdown))
     if kind == "results":
-        return _columns(_narrow(summary_table(comparison, markdown)), ("strategy", "seeds", "WER", "NLL", "PESQ"))
+        return _columns(
+            _narrow(summary_table(comparison, markdown)),
+            ("strategy", "seeds", "WER", "NLL", "PESQ"),
+        )
     if kind == "convergence":
         return _narrow(convergence_table(comparison, markdown))
     if kind == "differences":  # in recognition; the signal metrics' are in compare.py's own output
