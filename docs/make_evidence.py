@@ -6,9 +6,9 @@ In a page a comment says what the table under it is, and this script writes the 
 
     <!-- summary mse: noisy pretrained controls whisper -->
 
-Kinds: summary, results (its columns of WER, NLL and PESQ), differences, convergence (with a baseline,
-and folders of docs/evidence or runs in them), gradients (a file of it), causal (files of it),
-learning_rates.
+Kinds: summary, results (its columns of WER, NLL and PESQ), differences, convergence (with a
+baseline, and folders of docs/evidence or runs in them), gradients (a file of it), causal (files of
+it), learning_rates.
 """
 
 import functools
