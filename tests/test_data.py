@@ -383,5 +383,12 @@ def test_a_random_filter_colours_and_moves_nothing():
     assert torch.equal(filtered, again) and filtered.shape == wav.shape
     levels = (torch.fft.rfft(filtered).abs() / torch.fft.rfft(wav).abs()).log10() * 20
     assert levels.abs().max() < 12.1 and levels.std() > 2
+    draws, step = _rng().uniform(-12, 12, 6), np.log(8000 / 50) / 5
+    for hertz in (60, 632, 5000):  # a bin is 1 Hz
+        place = np.log(hertz / 50) / step
+        knot = int(place)
+        expected = draws[knot] + (place - knot) * (draws[knot + 1] - draws[knot])
+        assert float(levels[hertz]) == pytest.approx(expected, abs=1e-3)
+    assert levels[:51].numpy() == pytest.approx(draws[0], abs=1e-3)
     correlation = torch.fft.irfft(torch.fft.rfft(filtered) * torch.fft.rfft(wav).conj())
     assert int(correlation.argmax()) == 0

@@ -106,6 +106,20 @@ def test_waveforms_are_made_of_what_a_caller_has():
         as_pair(x, y, [3, 4])
 
 
+def test_rows_taken_keep_their_content_and_what_padding_means():
+    wavs = Waveforms.of(torch.arange(1.0, 13).reshape(3, 4), [4, 2, 3])
+    before, after = torch.tensor([1, 2, 0]), torch.tensor([0, 1, 3])
+    moved = wavs.surrounded(before, after, padding_counts=True)
+    assert moved.padding_counts and not wavs.surrounded(before, after).padding_counts
+    taken = moved.taken(torch.tensor([2, 1]))
+    assert taken.padding_counts and taken.lengths.tolist() == [6, 5]
+    assert taken.content_start.tolist() == [0, 2] and taken.content_lengths.tolist() == [3, 2]
+    assert [row.tolist() for row in taken.contents().items()] == [[9, 10, 11], [5, 6]]
+    again = taken.surrounded(torch.tensor([1, 1]), torch.tensor([0, 0]))
+    assert again.padding_counts and again.content_start.tolist() == [1, 3]
+    assert not taken.surrounded(before[:2], after[:2], padding_counts=False).padding_counts
+
+
 def test_names_say_what_was_done_to_a_row():
     wavs = collate(pairs([4000, 3000])).clean
     names = [
@@ -113,7 +127,7 @@ def test_names_say_what_was_done_to_a_row():
         for make in (NoPerturbation(), ZeroPadding(), SpeedPerturbation([0.9]))
     ]
     names += [wavs.taken(torch.tensor([1, 0])).ids, wavs.cut(torch.tensor([10, 10])).ids]
-    assert len(set(names)) == len(names)
+    assert len(set(names)) == len(names) and None not in names
     assert ZeroPadding()(wavs, rngs=rngs(2)).ids == names[1]
     assert ZeroPadding()(wavs, rngs=rngs(3)[1:]).ids != names[1]
     # An enhancer's output is something else.

@@ -256,9 +256,11 @@ def test_bad_input_names_the_argument(values, weights, message):
 
 
 def test_bad_options_name_the_argument():
-    for options in ({"replicates": 0}, {"confidence": 95}, {"seeds": "nested"}):
+    wrong = ("replicates", 0), ("confidence", 1), ("confidence", 0), ("seeds", "nested")
+    for options in ({key: value} for key, value in wrong):
         with pytest.raises(ValueError, match=next(iter(options))):
             Bootstrap(**options)
+    assert Bootstrap(replicates=1, confidence=0.999).replicates == 1
     with pytest.raises(ValueError, match="paired seeds"):
         FEW.difference(np.ones((2, 3)), np.ones((1, 3)), np.ones(3), True, paired_seeds=True)
 

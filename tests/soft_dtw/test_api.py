@@ -36,7 +36,12 @@ X, Y = torch.rand(2, 5, 3), torch.rand(2, 4, 3)
         ({"bandwidth": 0.1}, TypeError, r"bandwidth must be None or a whole number"),
         ({"cost": "l2"}, ValueError, r"cost must be one of 'sqeuclidean', .* got 'l2'"),
         ({"backend": "cuda"}, ValueError, r"backend must be one of 'auto', .* got 'cuda'"),
-        ({"backend": "triton"}, ValueError, r"backend='triton' takes GPU tensors, got device cpu"),
+        pytest.param(
+            {"backend": "triton"},
+            ValueError,
+            r"backend='triton' takes GPU tensors, got device cpu",
+            marks=pytest.mark.needs("triton"),
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
