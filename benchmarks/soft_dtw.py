@@ -448,7 +448,7 @@ def shown_parts(result):
 
 
 TABLES = re.compile(
-    r"(<!-- (benchmarks/results/\S+\.json)( parts)? -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL
+    r"(<!-- (benchmarks/results/\S+\.json)( parts)? -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL
 )
 
 
@@ -457,7 +457,7 @@ def with_tables(text):
 
     def made(found):
         result = json.loads((PROJECT / found[2]).read_text())
-        return found[1] + (shown_parts if found[3] else shown)(result) + found[4]
+        return f"{found[1]}\n{(shown_parts if found[3] else shown)(result)}\n\n{found[4]}"
 
     return TABLES.sub(made, text)
 

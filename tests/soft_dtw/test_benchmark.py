@@ -47,6 +47,12 @@ def test_tables_of_the_page_are_those_of_the_results(bench):
     assert bench.with_tables(page) == page, "run benchmarks/soft_dtw.py --page docs/soft_dtw.md"
 
 
+def test_an_empty_table_takes_nothing_of_the_page_with_it(bench):
+    page = "<!-- benchmarks/results/cpu.json -->\n<!-- end -->\n\nkept\n\n<!-- end -->\n"
+    made = bench.with_tables(page)
+    assert made.endswith("\n\n<!-- end -->\n\nkept\n\n<!-- end -->\n") and "tslearn" in made
+
+
 def test_parts_of_a_call_add_up_to_it(bench):
     rows = bench.measure(("pi_finetune (cpu)",), (2, 40, 36, 8), 0.1, 3, torch.device("cpu"))
     spent = rows["pi_finetune (cpu)"]["parts"]
