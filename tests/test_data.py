@@ -392,3 +392,18 @@ def test_a_random_filter_colours_and_moves_nothing():
     assert levels[:51].numpy() == pytest.approx(draws[0], abs=1e-3)
     correlation = torch.fft.irfft(torch.fft.rfft(filtered) * torch.fft.rfft(wav).conj())
     assert int(correlation.argmax()) == 0
+
+
+def test_noise_as_long_as_the_speech_begins_where_it_begins(tmp_path):
+    path = tmp_path / "hum.wav"
+    write_audio(path, voice(1.0, 200, np.random.default_rng(3)))
+    whole = read_audio(path)
+    for before, frames in ((0, 16000), (4000, 12000)):  # a recording, and its second part
+        entry = {"wav": str(path), "start": before, "frames": frames, "class": "hum"}
+        mixer = NoiseMixer({"hum": entry}, [0])
+        clean = torch.randn(frames, generator=torch.Generator().manual_seed(0))
+        for rng in map(np.random.default_rng, range(4)):
+            noisy, scaled, _ = mixer(0.1 * clean, rng)
+            noise = noisy - scaled
+            part = whole[before : before + frames]
+            torch.testing.assert_close(noise / noise.norm(), part / part.norm(), atol=1e-5, rtol=0)

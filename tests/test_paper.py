@@ -52,6 +52,12 @@ def test_a_share_of_the_utterance_is_padded_in_whole_hops(share, lengths):
             assert share[0] * length - 160 <= side <= share[1] * length + 160
 
 
+@pytest.mark.parametrize(("share", "hops"), [([0.0, 0.0], 0), ([0.1, 0.1], 5), ([0.5, 0.5], 25)])
+def test_a_share_may_be_one_number_or_none_or_a_half(share, hops):
+    out = ZeroPadding(share=share)(torch.ones(1, 16000), rngs=rngs(1))
+    assert int(out.content_start) == 320 * hops and int(out.lengths) == 16000 + 2 * 320 * hops
+
+
 def test_shares_are_uniform_and_the_sides_differ():
     wavs = Waveforms.collate([torch.ones(160000)] * 400)
     out = ZeroPadding(share=[0.02, 0.05])(wavs, rngs=rngs(400))

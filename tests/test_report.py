@@ -6,6 +6,8 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from pi_finetune import spectrograms
 from pi_finetune.errors import UserError
 from pi_finetune.report import examples, html, plots, tables
 from pi_finetune.results.comparison import compare_runs
-from pi_finetune.results.runs import find_runs, load_runs, read_json_lines
+from pi_finetune.results.declarations import NLL, WER
+from pi_finetune.results.runs import Run, find_runs, load_runs, read_json_lines
+from pi_finetune.results.scores import metric_scores, metrics_of, resampling_units
 from pi_finetune.results.statistics import Bootstrap, Interval, holm
 
 FEW = Bootstrap(replicates=199)
@@ -873,3 +877,71 @@ def test_findings_from_one_seed_say_that_they_are_about_these_runs(results):
     found = html.findings(compare_runs([results], bootstrap=FEW))
     assert all("these runs" in sentence for _, _, sentence in found)
     assert any("one seed only of mse" in n for n in compare_runs([results], bootstrap=FEW).notes)
+
+
+class TestScoresOfAMetric:
+    """``metric_scores`` by hand: what is counted, over which utterances."""
+
+    @staticmethod
+    def run(strategy, lines):
+        return Run(strategy, 1, Path(strategy), {entry["id"]: entry for entry in lines})
+
+    @staticmethod
+    def likelihood(id_, nll, tokens, **fields):
+        entry = line(id_, **fields)
+        entry["asr"]["ctc"] |= {"nll": nll, "tokens": tokens}
+        return entry
+
+    def test_nats_and_tokens_of_the_utterances_that_all_have(self):
+        nll = replace(NLL, recognizer="ctc")
+        of_one = (("u", 6.0, 2), ("v", 9.0, 4), ("w", 1.0, 1))
+        of_other = (("u", 8.0, 2), ("v", None, 4), ("w", 3.0, 1))
+        one, other = (
+            self.run(name, [self.likelihood(*each) for each in has])
+            for name, has in (("a", of_one), ("b", of_other))
+        )
+        notes = []
+        found = metric_scores([one, other], list("uvw"), nll, notes)
+        assert found.ids == ["u", "w"] and found.weights.tolist() == [2, 1] and found.asked
+        assert {key: value.tolist() for key, value in found.values.items()} == {
+            ("a", 1): [6, 1], ("b", 1): [8, 3],
+        }  # fmt: skip
+        assert found.mean("a") == 7 / 3 and found.failed == {("a", 1): 0, ("b", 1): 1}
+        (note,) = notes
+        assert note.startswith("nll: 1 of 3 utterances are left out of every row")
+        assert note.endswith("for want of a score in b/1 (1)")
+
+    def test_what_no_run_was_asked_for_is_empty_and_no_failure(self):
+        runs = [self.run(name, [line("u"), line("v")]) for name in "ab"]
+        found = metric_scores(runs, ["u", "v"], replace(NLL, recognizer="ctc"), notes := [])
+        assert not found.asked and not found.ids and not found.values and not notes
+        assert found.failed == {("a", 1): 0, ("b", 1): 0}
+
+    def test_scores_without_weight_are_none(self):
+        runs = [self.run("a", [self.likelihood("u", 0.0, 0), self.likelihood("v", 0.0, 0)])]
+        found = metric_scores(runs, ["u", "v"], replace(NLL, recognizer="ctc"), notes := [])
+        assert found.values == {} and notes == ["nll: no score"]
+
+    def test_one_score_that_was_asked_for_is_enough(self):
+        runs = [
+            self.run("a", [line("u"), line("v"), line("w")]),
+            self.run("b", [self.likelihood("u", 2.0, 1), self.likelihood("v", 4.0, 1), line("w")]),
+        ]
+        found = metric_scores(runs, list("uvw"), replace(NLL, recognizer="ctc"), notes := [])
+        assert found.asked and found.mean("b") == 3 and found.mean("a") is None
+        assert notes == ["nll: missing for most utterances in a/1, marked –"]
+
+    def test_a_silent_recording_has_a_recogniser_and_no_score(self):
+        runs = [self.run("a", [line("u"), {**line("v"), "asr": {"ctc": None}}, line("w", 2)])]
+        (wer, *_) = metrics_of(runs)
+        assert wer.title == WER.title and wer.recognizer == "ctc"
+        found = metric_scores(runs, list("uvw"), wer)
+        assert found.ids == ["u", "w"] and found.failed == {("a", 1): 1} and found.mean("a") == 10
+
+    def test_recordings_are_those_of_the_first_run(self):
+        runs = [
+            self.run(name, [line(u, recording=f"{name}{u[0]}") for u in ("x1", "x2", "y1")])
+            for name in "ab"
+        ]
+        units, kind = resampling_units(runs, ["x1", "x2", "y1"])
+        assert kind == "recording" and units == {"x1": "ax", "x2": "ax", "y1": "ay"}

@@ -6,6 +6,7 @@ import soundfile
 import torch
 from running import HPARAMS, validations
 
+from pi_finetune.data.audio import read_audio
 from pi_finetune.data.loading import SpeechPairs, load_pairs
 from pi_finetune.data.mixing import mix_at_snr
 from pi_finetune.data.rooms import (
@@ -117,6 +118,15 @@ class TestPairs:
         assert len(one["noisy"]) == len(dry["noisy"]) == len(one["clean"])
         for other in (pair((1, 3), rir_folder=str(rirs)), pair(seed=6, rir_folder=str(rirs))):
             assert not torch.allclose(other["clean"], one["clean"])
+
+    def test_a_pair_has_the_early_part_as_its_target(self, corpus, noises, rirs):
+        pairs = load_pairs(corpus, ["train"], "train", noises, seed=5, rir_folder=str(rirs))
+        key, _ = pairs.items[1]
+        speech = read_audio(pairs.manifest[key]["wav"])
+        heard, target = pairs.reverberator(speech, utterance_rng(5, 2, key, "room"))
+        assert not torch.allclose(heard, target)
+        found = pairs[1, 2]["clean"]  # scaled with its mixture, should that be over full scale
+        torch.testing.assert_close(found / found.norm(), target / target.norm())
 
     def test_off_is_as_it_was(self, corpus, noises, rirs):
         dry = load_pairs(corpus, ["train"], "train", noises, seed=5)
