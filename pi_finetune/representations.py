@@ -89,14 +89,17 @@ class MemoryStore:
         self._room = megabytes * 1e6
 
     def key(self, wavs: Waveforms, row: int) -> Hashable:
+        """See :class:`Store`."""
         assert wavs.ids is not None
         precision = _precision(wavs.data.device)
         return wavs.ids[row], int(wavs.lengths[row]), wavs.padding_counts, precision
 
     def get(self, key: Hashable) -> Tensor | None:
+        """See :class:`Store`."""
         return self._rows.get(key)
 
     def put(self, key: Hashable, reps: Tensor) -> Tensor:
+        """See :class:`Store`."""
         if reps.nbytes <= self._room:
             self._room -= reps.nbytes
             self._rows[key] = reps = reps.clone()  # the batch's other rows are not kept with it
@@ -145,6 +148,7 @@ class FolderStore:
         self._folders: dict[str, Path] = {}  # by precision
 
     def key(self, wavs: Waveforms, row: int) -> Hashable:
+        """See :class:`Store`."""
         name = None if wavs.ids is None else wavs.ids[row]
         steps: list = []
         while not isinstance(name, Lasting):
@@ -163,6 +167,7 @@ class FolderStore:
         return precision, repr((*name, int(wavs.lengths[row]), steps, wavs.padding_counts))
 
     def get(self, key: Any) -> Tensor | None:
+        """See :class:`Store`."""
         path = self._path(key)
         try:
             with safe_open(path, "pt") as file:
@@ -175,6 +180,7 @@ class FolderStore:
         return None
 
     def put(self, key: Any, reps: Tensor) -> Tensor:
+        """See :class:`Store`."""
         half = reps.to("cpu", torch.float16).contiguous()
         if not torch.isfinite(half).all():
             raise UserError(

@@ -1,5 +1,7 @@
 """Fine-tuning and evaluation through the recipes, as a user runs them, on a generated corpus."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -353,11 +355,16 @@ def test_the_metrics_that_are_asked_for_are_in_lines_and_tables(evaluate, tiny_t
         evaluate(["noisy"])
 
 
+def rounded(lines):
+    """To nine digits: sums of arrays that lie elsewhere in memory may differ in the sixteenth."""
+    return json.loads(json.dumps(lines), parse_float=lambda text: round(float(text), 9))
+
+
 def test_processes_change_no_line(evaluate, tmp_path):
     alone = scores(evaluate(["pretrained"], batch_size=2) / "pretrained/0")
     many = {"workers": 2, "num_workers": 1, "batch_size": 2, "results_folder": tmp_path / "many"}
     evaluate(["pretrained"], **many)
-    assert scores(tmp_path / "many/pretrained/0") == alone
+    assert rounded(scores(tmp_path / "many/pretrained/0")) == rounded(alone)
 
 
 def test_validation_on_processes_is_that_of_one(train, tmp_path):
@@ -367,7 +374,7 @@ def test_validation_on_processes_is_that_of_one(train, tmp_path):
     ]
     for one, other in zip(*records, strict=True):
         one, other = ({k: v for k, v in r.items() if k != "seconds"} for r in (one, other))
-        assert one == other
+        assert rounded(one) == rounded(other)
 
 
 def test_a_validation_computes_the_metrics_that_are_asked_for(train, capsys):
