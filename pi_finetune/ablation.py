@@ -129,9 +129,11 @@ class Cell:
 
     def left(self) -> int:
         """Updates still to be made, as of the last validation; scores count as some more."""
+        from pi_finetune.results.runs import read_json_lines  # imports much; workers load this
+
         validations = self.folder / "valid.jsonl"
-        lines = validations.read_text().splitlines() if validations.exists() else []
-        made = int(json.loads(lines[-1])["update"]) if lines else 0
+        lines = read_json_lines(validations) if validations.exists() else []
+        made = int(lines[-1]["update"]) if lines else 0
         return max(self.updates - made, 0) + SCORING
 
 

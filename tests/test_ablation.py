@@ -171,6 +171,12 @@ def test_a_cell_waits_for_what_it_needs(tmp_path, cell, executor):
     assert ran(tmp_path) == ["first", "second"]
 
 
+def test_a_validation_that_is_being_written_is_not_counted(tmp_path):
+    cell = Cell(tmp_path, list, updates=60)
+    (tmp_path / "valid.jsonl").write_text('{"update": 30}\n{"upda')
+    assert cell.left() == 30 + SCORING
+
+
 def test_the_bar_counts_updates_of_runs_under_way(cell, executor, monkeypatch):
     class Bar(tqdm):
         seen: ClassVar[list] = []
