@@ -181,88 +181,51 @@ def evaluate_mixes(
     """
     if enhancer == "clean" and not pairs.has_clean:
         raise UserError("run: clean: there is no clean speech of recordings. Leave it out.")
-    ids = [pairs.item_id(i) for i in range(len(pairs))]
-    settings = {
-        "pairs": pairs.fingerprint(),
-        "recognizers": [recognizer.name for recognizer in recognizers],
-        "weights": _digest(enhancer),
-        "audio_examples": audio_examples,
-    }
-    default: Sequence[str] = metrics.SIGNAL_SCORES if pairs.has_clean else without_reference()
-    names = [
-        name
-        for name in (default if names is None else names)
-        if pairs.has_clean or not CHOICES[name].needs_reference
-    ]
+    names = _applicable(names, pairs)
     measures = {name: each for name, each in (measures or {}).items() if name in names}
-    if not pairs.has_clean or set(names) != set(metrics.SIGNAL_SCORES):
-        settings["metrics"] = sorted(names)
-    if measures:
-        settings["models"] = {name: measure.source for name, measure in measures.items()}
-    give = "noisy" if enhancer is None else "clean" if enhancer == "clean" else "enhanced"
-    systems = []
-    for mix, folder in folders.items():
-        own = settings if mix == 1 else {**settings, "mix": mix}
-        system = _System(mix, Path(folder), test_set)
-        system.scored = on_main(_begin, system.final, own, overwrite)
-        system.finished = system.scored is None
-        if system.finished:
-            system.scored = set(ids)
-        if save_audio is not None:
-            system.audio = SavedAudio(save_audio, system.name, give, ids)
-            wanted = {key: own.get(key) for key in ("pairs", "weights", "mix")}
-            on_main(system.audio.begin, wanted, overwrite)
-        systems.append(system)
+    settings = _settings(pairs, enhancer, recognizers, audio_examples, names, measures)
+    ids = [pairs.item_id(i) for i in range(len(pairs))]
     kinds = ("enhanced", "noisy", "clean")[: 3 if pairs.has_clean else 2]
-    todo = [
-        {
-            i
-            for i, id_ in enumerate(ids)
-            if id_ not in system.scored or (system.audio and not system.audio.has(id_, kinds))
-        }
-        for system in systems
-    ]
+    give = "noisy" if enhancer is None else "clean" if enhancer == "clean" else "enhanced"
     examples = {ids[i * len(ids) // audio_examples] for i in range(audio_examples)}
-    batches = _batches(pairs, batch_size, max_batch_seconds, set().union(*todo))[
-        rank() :: processes()
-    ]
+
+    systems = [_System(mix, Path(folder), test_set) for mix, folder in folders.items()]
+    for system in systems:
+        audio = None if save_audio is None else SavedAudio(save_audio, system.name, give, ids)
+        system.begin(ids, settings, audio, kinds, overwrite)
+
+    todo = set().union(*(system.todo for system in systems))
+    batches = _batches(pairs, batch_size, max_batch_seconds, todo)[rank() :: processes()]
     loader = torch.utils.data.DataLoader(
         pairs, batch_sampler=batches, collate_fn=collate, num_workers=num_workers if batches else 0
     )
-    mine = [sum(i in wanted for batch in batches for i in batch) for wanted in todo]
-    before = [len(ids) - len(wanted) for wanted in todo]
     with contextlib.ExitStack() as stack:
         if bar is None:
             about = ", ".join(system.name for system in systems)
             bar = tqdm(desc=about, unit="utt", total=0, disable=rank() > 0)
-            bar.total = sum(mine) + sum(before)
+            bar.total = sum(
+                len(ids) - len(s.todo) + sum(i in s.todo for batch in batches for i in batch)
+                for s in systems
+            )
             stack.enter_context(bar)
         if not bar.disable:  # as that of any process but the first
-            bar.initial += sum(before)  # what was done before took no time now
-            bar.n += sum(before)
+            before = sum(len(ids) - len(system.todo) for system in systems)
+            bar.initial += before  # what was done before took no time now
+            bar.n += before
             bar.refresh()
         for system in systems:
             if not system.finished:
                 system.file = stack.enter_context(_part(system.final, rank()).open("a"))
-        waveform_names = [m.name for m in WAVEFORM_METRICS if m.name in names]
-        pool = stack.enter_context(ScorePool(workers, waveform_names))
+        pool = ScorePool(workers, [m.name for m in WAVEFORM_METRICS if m.name in names])
+        stack.enter_context(pool)
         stack.enter_context(torch.inference_mode())
-        # Lines that want their signal scores, in order.
-        waiting: collections.deque = collections.deque()
-
-        def write(all_of_them=False):
-            while waiting and (all_of_them or waiting[0][1].done()):
-                system, signal, before, after = waiting.popleft()
-                system.file.write(json.dumps({**before, **signal.result(), **after}) + "\n")
-                system.file.flush()
-                bar.update()
-
+        lines = _Lines(bar)
         for places, batch in zip(batches, loader):
             noisy = batch.noisy.to(device)
             given = batch.clean.to(device) if enhancer == "clean" else noisy
             enhanced = enhancer(noisy) if callable(enhancer) else given
-            for system, wanted in zip(systems, todo):
-                rows = [row for row, i in enumerate(places) if i in wanted]
+            for system in systems:
+                rows = [row for row, i in enumerate(places) if i in system.todo]
                 if not rows:
                     continue
                 wavs = enhanced
@@ -275,14 +238,14 @@ def evaluate_mixes(
                 bar.update(known)
                 if known == len(rows):
                     continue
-                waiting += _score(
+                lines += _score(
                     system, batch, rows, wavs, recognizers, pool, measures, CER.name in names
                 )
                 for row, wav in zip(rows, wavs.items()):
                     if batch.id[row] in examples and batch.id[row] not in system.scored:
                         _keep_example(system, batch, row, wav, give)
-                write()
-        write(all_of_them=True)
+                lines.write()
+        lines.write(all_of_them=True)
     ddp_barrier()
     for system in systems:
         if not system.finished:
@@ -291,6 +254,31 @@ def evaluate_mixes(
             texts = {id_: pairs.item_text(i) for i, id_ in enumerate(ids)}
             on_main(system.audio.finish, kinds, texts)
     return [system.final for system in systems]
+
+
+def _applicable(names, pairs):
+    """The metrics asked for, or the default, that there is a reference for."""
+    default: Sequence[str] = metrics.SIGNAL_SCORES if pairs.has_clean else without_reference()
+    return [
+        name
+        for name in (default if names is None else names)
+        if pairs.has_clean or not CHOICES[name].needs_reference
+    ]
+
+
+def _settings(pairs, enhancer, recognizers, audio_examples, names, measures):
+    """What is kept beside scores, and must be the same for them to be continued."""
+    settings = {
+        "pairs": pairs.fingerprint(),
+        "recognizers": [recognizer.name for recognizer in recognizers],
+        "weights": _digest(enhancer),
+        "audio_examples": audio_examples,
+    }
+    if not pairs.has_clean or set(names) != set(metrics.SIGNAL_SCORES):
+        settings["metrics"] = sorted(names)
+    if measures:
+        settings["models"] = {name: measure.source for name, measure in measures.items()}
+    return settings
 
 
 class _System:
@@ -303,9 +291,43 @@ class _System:
         self.test_set = test_set
         self.final = folder / "scores" / f"{test_set}.jsonl"
         self.scored = set()
+        self.todo = set()
         self.finished = False
         self.audio = None
         self.file = None
+
+    def begin(self, ids, settings, audio, kinds, overwrite):
+        """Find what an earlier call left of scores and audio; ``todo`` are the places to do."""
+        own = settings if self.mix == 1 else {**settings, "mix": self.mix}
+        self.scored = on_main(_begin, self.final, own, overwrite)
+        self.finished = self.scored is None
+        if self.finished:
+            self.scored = set(ids)
+        self.audio = audio
+        if audio is not None:
+            wanted = {key: own.get(key) for key in ("pairs", "weights", "mix")}
+            on_main(audio.begin, wanted, overwrite)
+        self.todo = {
+            i
+            for i, id_ in enumerate(ids)
+            if id_ not in self.scored or (audio and not audio.has(id_, kinds))
+        }
+
+
+class _Lines(collections.deque):
+    """Score lines that may wait for their signal scores: written in order, counted by a bar."""
+
+    def __init__(self, bar):
+        super().__init__()
+        self.bar = bar
+
+    def write(self, all_of_them=False):
+        """Write the first lines, as far as they are scored; or wait for all of them."""
+        while self and (all_of_them or self[0][1].done()):
+            system, signal, before, after = self.popleft()
+            system.file.write(json.dumps({**before, **signal.result(), **after}) + "\n")
+            system.file.flush()
+            self.bar.update()
 
 
 def _batches(pairs, batch_size, max_seconds, todo):

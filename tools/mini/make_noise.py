@@ -1,6 +1,6 @@
 """Make a folder of many kinds of noise, to train an enhancer or to try one.
 
-    python recipes/Mini/make_noise.py --speech_folder LibriSpeech --splits train-clean-100 \
+    python tools/mini/make_noise.py --speech_folder LibriSpeech --splits train-clean-100 \
         --recorded noise --output_folder noise-train
 
 It holds computed noise (the kinds of the mini corpus but its babble), babble of 2, 4 and 8
@@ -10,6 +10,7 @@ talkers of the named splits as three classes, and links to recorded noises, if g
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import noises
@@ -47,15 +48,28 @@ def main(argv=None):
     speakers = {}
     for entry in prepare_speech(args.speech_folder, args.splits).values():
         speakers.setdefault(entry["speaker"], []).append(entry["wav"])
-    made = folder / "made"
-    made.mkdir(parents=True)
-    if args.recorded:
-        for path in find_audio(Path(args.recorded)):
-            if path.stem.split("-")[0] in args.leave_out:
-                continue
-            link = folder / "recorded" / path.relative_to(args.recorded)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Half a folder must not be taken for a whole one, by a training that is started too early.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        new = Path(temporary) / "noise"
+        (new / "made").mkdir(parents=True)
+        if args.recorded:
+            _link(Path(args.recorded), new / "recorded", args.leave_out)
+        _make(new / "made", speakers, args)
+        os.rename(new, folder)
+
+
+def _link(recorded, folder, leave_out):
+    """Link to recorded noises, but for some classes."""
+    for path in find_audio(recorded):
+        if path.stem.split("-")[0] not in leave_out:
+            link = folder / path.relative_to(recorded)
             link.parent.mkdir(parents=True, exist_ok=True)
             os.symlink(path.resolve(), link)
+
+
+def _make(folder, speakers, args):
+    """Write the computed noises and the babble."""
     names = [*KINDS, *(f"babble{count}" for count in TALKERS)]
     for name in tqdm(names, desc="noise", unit="class"):
         for number in range(args.recordings):
@@ -67,7 +81,7 @@ def main(argv=None):
                 count = int(name.removeprefix("babble"))
                 talkers = [_talk(rng, speakers, args.seconds) for _ in range(count)]
                 samples = noises.babble(rng, args.seconds, talkers)
-            sf.write(made / f"{stem}.flac", samples, SAMPLE_RATE)
+            sf.write(folder / f"{stem}.flac", samples, SAMPLE_RATE)
 
 
 def _talk(rng, speakers, seconds):
