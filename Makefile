@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Processes of make test; each needs a core and 2 GB.
 WORKERS ?= 2
 
-.PHONY: setup demo test test-minimal lint docs clean kernels kernels-validate kernels-short gpu benchmarks-test
+.PHONY: setup demo test test-minimal lint docs clean kernels kernels-validate kernels-short gpu benchmarks-test peers
 
 setup: $(VENV)/.complete
 
@@ -85,7 +85,10 @@ gpu: setup
 	"$(BIN)/python" benchmarks/gpu.py --output build/gpu
 
 # Other libraries' own test cases, with our soft-DTW in the place of theirs.
-benchmarks-test: .venv-peers/.complete
+# The other soft-DTW libraries, in an environment that sees this one.
+peers: .venv-peers/.complete
+
+benchmarks-test: peers
 	PYTHONPATH=.:tests/soft_dtw .venv-peers/bin/python -m pytest -q -p no:cacheprovider --confcutdir=tests/soft_dtw tests/soft_dtw/peers.py
 
 .venv-peers/.complete: $(VENV)/.complete benchmarks/requirements.txt
