@@ -18,6 +18,7 @@ from pi_finetune.errors import UserError
 from pi_finetune.lengths import Lasting, Waveforms
 from pi_finetune.objectives import MSEDistance, RepresentationObjective, SoftDTWDistance
 from pi_finetune.perturbations import SpeedPerturbation, ZeroPadding
+from pi_finetune.projections import LearnedProjection
 from pi_finetune.representations import MADE_FROM_FILE
 from pi_finetune.teacher import Teacher
 
@@ -83,6 +84,31 @@ def test_values_are_those_without_within_half_precision(tiny_teacher, tmp_path):
     losses, _ = loss_and_gradient(kept, more, 0)
     assert teacher.rows == 4
     torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
+
+
+def test_a_learned_projection_goes_on_learning_from_what_is_kept(tiny_teacher, tmp_path):
+    """The teacher's own output is kept, not the projected: that changes with every update."""
+    clean, projection = speech(), LearnedProjection(8)
+    arguments = Teacher(tiny_teacher), SoftDTWDistance(), SpeedPerturbation([0.9, 1.1])
+    projection.fit_to(arguments[0])
+    plain = RepresentationObjective(*arguments, projection=projection)
+    kept = RepresentationObjective(*arguments, projection=projection, cache_folder=tmp_path)
+    for seed in (0, 1, 0):  # the third pass takes all from the folder
+        found = []
+        for objective in (plain, kept):
+            projection.zero_grad()
+            losses, _ = loss_and_gradient(objective, clean, seed)
+            found.append((losses, [weight.grad.clone() for weight in projection.parameters()]))
+        (expected, gradients), (losses, kept_gradients) = found
+        torch.testing.assert_close(losses, expected, rtol=5e-3, atol=1e-4)
+        for gradient, kept_gradient in zip(gradients, kept_gradients):
+            assert gradient.norm() > 0
+            assert (kept_gradient - gradient).norm() < 1e-2 * gradient.norm()
+        with torch.no_grad():
+            for weight in projection.parameters():
+                weight += 0.1 * torch.randn(
+                    weight.shape, generator=torch.Generator().manual_seed(0)
+                )
 
 
 def test_an_empty_folder_and_a_full_one_give_the_same_bits(tiny_teacher, tmp_path):
