@@ -213,12 +213,15 @@ def test_seconds_before_a_checkpoint_within_an_epoch_are_kept(tmp_path, monkeypa
     assert resumed.seconds == 10.0 and resumed.started is None
 
 
-def test_the_best_and_the_latest_two_are_kept(tmp_path):
+@pytest.mark.parametrize("best_of, best", [("min", 1), ("max", 0)])
+def test_the_best_and_the_latest_two_are_kept(tmp_path, best_of, best):
     counter = torch.nn.Linear(1, 1)
     checkpointer = Checkpointer(tmp_path, {"counter": counter})
-    for update, selection in enumerate([5, 1, 4, 3, 6, 7]):
+    for update, selection in enumerate([9, 1, 4, 3, 6, 7]):
         checkpointer.save_and_keep_only(
-            meta={"update": update, "selection": selection}, min_keys=["selection"], num_to_keep=1
+            meta={"update": update, "selection": selection},
+            num_to_keep=1,
+            **{f"{best_of}_keys": ["selection"]},
         )
         checkpointer.save_and_keep_only(  # as the Brain does within an epoch
             meta={"within": True, "update": update},
@@ -226,9 +229,9 @@ def test_the_best_and_the_latest_two_are_kept(tmp_path):
             ckpt_predicate=lambda c: "within" in c.meta,
         )
     kept = sorted((c.meta["update"], "within" in c.meta) for c in checkpointer.list_checkpoints())
-    assert kept == [(1, False), (5, False), (5, True)]
-    best = checkpointer.recover_if_possible(min_key="selection")
-    assert best.meta["update"] == 1
+    assert kept == [(best, False), (5, False), (5, True)]
+    found = checkpointer.recover_if_possible(**{f"{best_of}_key": "selection"})
+    assert found.meta["update"] == best
 
 
 @pytest.mark.parametrize("workers", [0, 1])
