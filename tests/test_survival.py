@@ -234,6 +234,15 @@ def test_the_best_and_the_latest_two_are_kept(tmp_path, best_of, best):
     assert found.meta["update"] == best
 
 
+def test_as_many_of_the_best_are_kept_as_are_asked_for(tmp_path):
+    checkpointer = Checkpointer(tmp_path, {"counter": torch.nn.Linear(1, 1)})
+    for update, selection in enumerate([2, 1, 5, 4, 6, 7, 8]):
+        checkpointer.save_checkpoint(meta={"update": update, "selection": selection})
+    checkpointer.delete_checkpoints(num_to_keep=3, min_keys=["selection"])
+    kept = sorted(checkpoint.meta["update"] for checkpoint in checkpointer.list_checkpoints())
+    assert kept == [0, 1, 3, 4, 5, 6]  # the best three and the latest three
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_corrupt_audio_in_the_middle_of_an_epoch_is_named(train, corpus, tmp_path, capsys, workers):
     folder = shutil.copytree(corpus, tmp_path / "corpus")
