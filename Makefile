@@ -84,10 +84,10 @@ kernels-short:
 gpu: setup
 	"$(BIN)/python" benchmarks/gpu.py --output build/gpu
 
-# Other libraries' own test cases, with our soft-DTW in the place of theirs.
 # The other soft-DTW libraries, in an environment that sees this one.
 peers: .venv-peers/.complete
 
+# Other libraries' own test cases, with our soft-DTW in the place of theirs.
 benchmarks-test: peers
 	PYTHONPATH=.:tests/soft_dtw .venv-peers/bin/python -m pytest -q -p no:cacheprovider --confcutdir=tests/soft_dtw tests/soft_dtw/peers.py
 
