@@ -468,7 +468,7 @@ def main():
     parser.add_argument("--against", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gamma", type=float, default=0.1)
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--repeats", type=int, default=11, help="at least 2, for quartiles")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--reference", action="store_true", help="also time the plain reference")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
@@ -479,6 +479,8 @@ def main():
     arguments = parser.parse_args()
     if arguments.page:
         return write_text(arguments.page, with_tables(arguments.page.read_text()))
+    if arguments.repeats < 2:
+        parser.error(f"--repeats {arguments.repeats}: quartiles need at least 2")
 
     torch.set_num_threads(arguments.threads)
     if arguments.serve:

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import string
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeGuard
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from speechbrain.decoders.ctc import ctc_greedy_decode
 from torch import nn
 from torchaudio.functional import melscale_fbanks
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from pi_finetune.config import PROJECT_ROOT
@@ -146,7 +148,9 @@ def likelihoods(
     fields: list[dict] = [{} for _ in texts]
     known = {i: text for i, text in enumerate(texts) if text is not None}
     if known and gives_likelihood(recognizer):
-        found = recognizer.nll(wavs.taken(torch.tensor(list(known))), list(known.values()))
+        # The same object, where it can be: a recogniser may still know what it has computed of it.
+        heard = wavs if len(known) == len(texts) else wavs.taken(torch.tensor(list(known)))
+        found = recognizer.nll(heard, list(known.values()))
         for i, (nll, tokens) in zip(known, found, strict=True):
             fields[i] = {"nll": nll, "tokens": tokens}
     return fields
@@ -155,6 +159,30 @@ def likelihoods(
 def gives_likelihood(recognizer: Recognizer | None) -> TypeGuard[LikelyRecognizer]:
     """Whether a recogniser can say how likely a transcript is."""
     return hasattr(recognizer, "nll")
+
+
+class _Latest:
+    """What was computed last, for as long as the waveforms that it was computed of are the same.
+
+    A text and a likelihood are mostly asked for of the same waveforms, one after the other, and
+    the encoder is most of the work of the second.
+    """
+
+    def __init__(self):
+        #: One tuple, so that threads see both or neither.
+        self._kept: tuple[weakref.ref | None, Any] = None, None
+
+    def of(self, wavs, compute):
+        """``compute()``, or what it gave when it was called for this very object."""
+        reference, value = self._kept
+        if reference is None or reference() is not wavs:
+            value = compute()
+            self._kept = weakref.ref(wavs, self._forget), value
+        return value
+
+    def _forget(self, reference):
+        if self._kept[0] is reference:
+            self._kept = None, None
 
 
 class WhisperRecognizer:
@@ -193,25 +221,42 @@ class WhisperRecognizer:
             self.prompt += [generation.lang_to_id[f"<|{language}|>"]]
             self.prompt += [generation.task_to_id["transcribe"]]
         self.prompt += [generation.no_timestamps_token_id]
+        self._encoded = _Latest()
 
     def __call__(self, wavs: Waveforms) -> list[str]:
         """Transcribe waveforms."""
         texts = [""] * len(wavs)
-        items = _finite_items(wavs)
-        limit = self.SECONDS * SAMPLE_RATE
-        short = [i for i in items if len(items[i]) <= limit]
-        batches = [short] if short else []
-        batches += [[i] for i in items if len(items[i]) > limit]
-        for batch in batches:
-            for i, text in zip(batch, self._transcribe([items[i] for i in batch])):
+        places, states = self._encode(wavs)
+        if places:
+            heard = self._decode(states.device, encoder_outputs=BaseModelOutput(states))
+            for i, text in zip(places, heard):
                 texts[i] = text
+        for i, wav in _finite_items(wavs).items():
+            if len(wav) > self.SECONDS * SAMPLE_RATE:
+                (texts[i],) = self._decode(wav.device, True, **self._features([wav], long=True))
         return texts
 
     @torch.no_grad()
-    def _transcribe(self, wavs):
-        long = len(wavs[0]) > self.SECONDS * SAMPLE_RATE
-        with torch.autocast(wavs[0].device.type, enabled=False), _quiet_transformers():
-            inputs = self._features(wavs, long)
+    def _encode(self, wavs):
+        """Of what can be heard at once: places in the batch, and states [K, F, D]."""
+
+        def compute():
+            items = {
+                i: wav
+                for i, wav in _finite_items(wavs).items()
+                if len(wav) <= self.SECONDS * SAMPLE_RATE
+            }
+            if not items:
+                return [], None
+            with torch.autocast(wavs.data.device.type, enabled=False):
+                features = self._features(list(items.values())).input_features
+                return list(items), self.model.get_encoder()(features).last_hidden_state
+
+        return self._encoded.of(wavs, compute)
+
+    @torch.no_grad()
+    def _decode(self, device, long=False, **inputs):
+        with torch.autocast(device.type, enabled=False), _quiet_transformers():
             tokens = self.model.generate(
                 **inputs,
                 **self.options,
@@ -265,26 +310,23 @@ class WhisperRecognizer:
             for more tokens than its decoder has positions, and for non-finite audio.
         """
         targets = [self.encode(text) for text in _texts(wavs, texts)]
-        items = {
-            i: wav
-            for i, wav in _finite_items(wavs).items()
-            if len(wav) <= self.SECONDS * SAMPLE_RATE
-            and len(self.prompt) + len(targets[i]) - 1 <= self.model.config.max_target_positions
-        }
         found: list[tuple[float | None, int]] = [(None, len(target)) for target in targets]
-        if not items:
+        places, states = self._encode(wavs)
+        longest = self.model.config.max_target_positions - len(self.prompt) + 1
+        rows = [row for row, i in enumerate(places) if len(targets[i]) <= longest]
+        if not rows:
             return found
         device = wavs.data.device
         with torch.autocast(device.type, enabled=False), _quiet_transformers():
-            chosen = [torch.tensor(targets[i], device=device) for i in items]
+            chosen = [torch.tensor(targets[places[row]], device=device) for row in rows]
             # Padding is behind what is counted, where the causal decoder cannot look.
             target = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
             prompt = target.new_tensor(self.prompt).expand(len(chosen), -1)
             logits = self.model(
-                **self._features(list(items.values())),
+                encoder_outputs=BaseModelOutput(states[rows]),
                 decoder_input_ids=torch.cat([prompt, target[:, :-1]], dim=1),
             ).logits[:, len(self.prompt) - 1 :]
-        for i, row, logit in zip(items, chosen, logits):
+        for i, row, logit in zip((places[row] for row in rows), chosen, logits):
             loss = F.cross_entropy(logit[: len(row)].double(), row, reduction="sum")
             found[i] = (float(loss), len(row))
         return found
@@ -328,15 +370,14 @@ class CTCRecognizer:
         self.head = CTCHead(**config["head"])
         _load_weights(self.head, Path(folder) / WEIGHTS_FILE)
         self.head.requires_grad_(False).eval()
+        self._heard = _Latest()
 
-    @torch.no_grad()
     def __call__(self, wavs: Waveforms) -> list[str]:
         """As of :class:`WhisperRecognizer`; "" for what is too short to be heard."""
         texts = [""] * len(wavs)
-        items = self._long_enough(wavs)
-        if items:
-            heard = self.tokenizer.greedy(*self._log_probs(list(items.values())))
-            for i, text in zip(items, heard):
+        places, log_probs, frames = self._log_probs(wavs)
+        if places:
+            for i, text in zip(places, self.tokenizer.greedy(log_probs, frames)):
                 texts[i] = text
         return texts
 
@@ -359,20 +400,19 @@ class CTCRecognizer:
         """
         targets = [self._encode(text) for text in _texts(wavs, texts)]
         found: list[tuple[float | None, int]] = [(None, len(t or ())) for t in targets]
-        items = self._long_enough(wavs)
-        items = {i: wav for i, wav in items.items() if targets[i] is not None}
-        if not items:
+        places, log_probs, frames = self._log_probs(wavs)
+        rows = [row for row, i in enumerate(places) if targets[i] is not None]
+        if not rows:
             return found
-        log_probs, frames = self._log_probs(list(items.values()))
-        chosen = [torch.tensor(targets[i], dtype=torch.long) for i in items]
+        chosen = [torch.tensor(targets[places[row]], dtype=torch.long) for row in rows]
         losses = F.ctc_loss(
-            log_probs.double().transpose(0, 1),
+            log_probs[rows].double().transpose(0, 1),
             torch.cat(chosen).to(log_probs.device),
-            frames,
+            frames[rows],
             torch.tensor([len(target) for target in chosen]),
             reduction="none",
         )
-        for i, loss in zip(items, losses.tolist()):
+        for i, loss in zip((places[row] for row in rows), losses.tolist()):
             found[i] = (json_number(loss), len(targets[i]))
         return found
 
@@ -382,19 +422,27 @@ class CTCRecognizer:
         except UserError:
             return None
 
-    def _long_enough(self, wavs):
-        items = _finite_items(wavs)
-        return {i: w for i, w in items.items() if len(w) >= self.encoder.receptive_field}
-
+    @torch.no_grad()
     def _log_probs(self, wavs):
-        """Log-probabilities [B, F, V] and frame lengths [B] of a list of waveforms [T]."""
-        batch = Waveforms.collate(wavs)
-        device = batch.data.device
-        self.encoder.to(device)
-        self.head.to(device)
-        with torch.autocast(device.type, enabled=False):
-            states, frames = self.encoder.hidden_states(batch)
-            return self.head(states, frames), frames
+        """Of what is long enough: places in the batch, log-probabilities [K, F, V], frames [K]."""
+
+        def compute():
+            items = {
+                i: wav
+                for i, wav in _finite_items(wavs).items()
+                if len(wav) >= self.encoder.receptive_field
+            }
+            if not items:
+                return [], None, None
+            batch = Waveforms.collate(list(items.values()))
+            device = batch.data.device
+            self.encoder.to(device)
+            self.head.to(device)
+            with torch.autocast(device.type, enabled=False):
+                states, frames = self.encoder.hidden_states(batch)
+                return list(items), self.head(states, frames), frames
+
+        return self._heard.of(wavs, compute)
 
 
 class LogMel(nn.Module):

@@ -55,8 +55,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "channel": {"type": int, "help": "the channel to take, from 1; default: the mean of all"},
     "utterances": {"type": int, "help": "so many, spread over speakers; default: all"},
     "output_folder": {"metavar": "DIR", "help": "default: checks/NAME"},
-    "batch_size": {"type": int, "default": 4, "help": "utterances at once (%(default)s)"},
-    "workers": {"type": int, "default": 1, "help": "processes that compute scores (%(default)s)"},
+    "no_dnsmos": {
+        "action": "store_true",
+        "default": False,
+        "help": "leave DNSMOS out, which takes most of the time on a CPU",
+    },
+    "batch_size": {"type": int, "default": 8, "help": "utterances at once (%(default)s)"},
+    "workers": {"type": int, "help": "processes that compute DNSMOS; default: one a core"},
     "device": {"help": "cpu or cuda; default: a GPU if there is one"},
     "overwrite": {
         "action": "store_true",
@@ -119,6 +124,10 @@ def check(recordings, **options):
     _say(f"{len(data)} recordings, {sum(data.seconds()) / 60:.1f} min, {transcribed} transcribed")
     if not transcribed:
         _say("Without transcripts no word errors can be counted; no recogniser is loaded.")
+        if args.no_dnsmos:
+            raise UserError(
+                "--no_dnsmos: without transcripts nothing else can speak. Leave it out."
+            )
     recognizers = load_recognizers(args.asr_source if transcribed else None)
     systems, labels = [({1.0: folder / "noisy" / "0"}, None)], {}
     for name, label, enhancer in _load(args.run or [], device, args.trust):
@@ -145,6 +154,7 @@ def check(recordings, **options):
                 overwrite=args.overwrite,
                 device=device,
                 bar=bar,
+                names=[] if args.no_dnsmos else None,
             )
     comparison = compare_runs(every, TEST_SET, baseline="noisy", of_models=True)
     found = verdict(comparison, labels)

@@ -218,6 +218,21 @@ def test_an_interrupted_check_goes_on(recordings, tiny, monkeypatch, capsys):
     assert "4 recordings are too few" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [[], ["--no_dnsmos"]])
+def test_dnsmos_can_be_left_out(recordings, tiny, tmp_path, monkeypatch, capsys, words):
+    monkeypatch.setattr("pi_finetune.results.evaluation.without_reference", lambda: ["dnsmos_ovrl"])
+    monkeypatch.setattr(
+        "pi_finetune.results.pool.metrics.dnsmos", lambda wav: {"dnsmos_ovrl": 2.5}
+    )
+    main(["check", str(recordings), "--mix", "1", "--utterances", "2", "--workers", "0", *words])
+    assert ("DNSMOS" in capsys.readouterr().out) == (not words)
+    (tmp_path / "list.csv").write_text(f"ID,wav\na,{next(recordings.rglob('*.flac'))}\n")
+    if words:
+        with pytest.raises(SystemExit):
+            main(["check", "list.csv", *words])
+        assert "--no_dnsmos: without transcripts" in capsys.readouterr().err
+
+
 def test_without_transcripts_no_recogniser_is_loaded(recordings, tiny, tmp_path, capsys):
     (tmp_path / "list.csv").write_text(
         "ID,wav\n" + "".join(f"{p.stem},{p}\n" for p in sorted(recordings.rglob("*.flac"))[:4])

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import string
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -196,16 +197,19 @@ def test_whisper_hears_beyond_thirty_seconds(whisper_folder, waves, monkeypatch)
     seen = []
     generate = recognizer.model.generate
 
-    def spy(input_features, **options):
-        seen.append((tuple(input_features.shape), options["return_timestamps"]))
-        return generate(input_features=input_features, **options)
+    def spy(**options):
+        given = options.get("input_features")
+        given = options["encoder_outputs"].last_hidden_state if given is None else given
+        seen.append((tuple(given.shape), options["return_timestamps"]))
+        return generate(**options)
 
     monkeypatch.setattr(recognizer.model, "generate", spy)
     both = torch.cat([wavs, wavs])
     texts = recognizer(Waveforms.of(both, [wavs.shape[1], 16000]))
     assert len(texts) == 2
     frames = wavs.shape[1] // 160
-    assert sorted(seen) == [((1, 80, 3000), False), ((1, 80, frames), True)]
+    states = recognizer.model.config.max_source_positions, recognizer.model.config.d_model
+    assert seen == [((1, *states), False), ((1, 80, frames), True)]
 
 
 def test_multilingual_whisper_is_told_language_and_task(whisper_folder, tmp_path):
@@ -313,7 +317,7 @@ def test_ctc_likelihood_is_that_of_all_paths(ctc_folder, waves):
     recognizer = CTCRecognizer(ctc_folder)
     texts = ["ONE TWO", "SEE ALL", "", "A"]
     for wav, text in zip(waves.items(), texts):
-        log_probs = recognizer._log_probs([wav])[0][0].double()
+        log_probs = recognizer._log_probs(Waveforms.collate([wav]))[1][0].double()
         target = [0]
         for index in recognizer.tokenizer.encode(text):
             target += [index, 0]
@@ -337,6 +341,27 @@ def test_ctc_gives_no_likelihood_where_it_cannot_spell(ctc_folder, waves):
     found = recognizer.nll(waves, texts)
     assert found[1:3] == [(None, 0), (None, 399)]
     assert found[0][0] == pytest.approx(recognizer.nll(waves, ["TWO"] * 4)[0][0], rel=1e-6)
+
+
+def test_text_and_likelihood_of_the_same_waveforms_are_encoded_once(recognizer, waves):
+    name = "_features" if isinstance(recognizer, WhisperRecognizer) else "encoder"
+    part, calls = getattr(recognizer, name), []
+    if name == "_features":
+        recognizer._features = lambda *args: calls.append(args) or part(*args)
+    else:
+        hear = part.hidden_states
+        part.hidden_states = lambda *args: calls.append(args) or hear(*args)
+    wavs, same = (Waveforms.collate(waves.items()) for _ in range(2))
+    texts, found = recognizer(wavs), likelihoods(recognizer, wavs, ["TWO", "TWO", "A", "A"])
+    assert len(calls) == 1
+    again = likelihoods(recognizer, same, ["TWO", "TWO", "A", "A"])  # other objects, equal or not
+    other = Waveforms.collate(waves.items()[::-1])
+    assert recognizer(other) == texts[::-1] and recognizer(same) == texts
+    assert len(calls) == 4 and again == found
+    kept = weakref.ref(same)
+    del same
+    assert kept() is None  # and nothing is kept of it
+    assert recognizer(Waveforms.collate(waves.items())) == texts
 
 
 def test_likelihoods_are_fields_of_lines_where_there_are_any(recognizer, waves):

@@ -5,6 +5,7 @@ import contextlib
 import glob
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,6 +219,8 @@ def evaluate_mixes(
                 system.file = stack.enter_context(_part(system.final, rank()).open("a"))
         pool = ScorePool(workers, [m.name for m in WAVEFORM_METRICS if m.name in names])
         stack.enter_context(pool)
+        if pool.names:
+            stack.enter_context(_threads_beside(pool.workers))
         stack.enter_context(torch.inference_mode())
         lines = _Lines(bar)
         for places, batch in zip(batches, loader):
@@ -254,6 +257,17 @@ def evaluate_mixes(
             texts = {id_: pairs.item_text(i) for i, id_ in enumerate(ids)}
             on_main(system.audio.finish, kinds, texts)
     return [system.final for system in systems]
+
+
+@contextlib.contextmanager
+def _threads_beside(workers):
+    """PyTorch on the cores that processes leave: its threads wait for the one that has none."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, len(os.sched_getaffinity(0)) - workers)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _applicable(names, pairs):
