@@ -89,7 +89,7 @@ def ddtw(gamma):
 
     backend = "cuda_cpp" if torch.cuda.is_available() else "cpu_numba"
     loss = SDTW(gamma=gamma, backend=backend, normalization="none")
-    return lambda x, y: loss(C=squared_distances(x, y)) * len(x)  # it returns the mean
+    return lambda x, y: loss(C=squared_distances(x, y)) * len(x)  # from the batch's mean to its sum
 
 
 def nzxyin(gamma):
@@ -148,10 +148,12 @@ def status(field):
 
 
 def exact(x, y, gamma):
-    """Value, and gradient for x [N, D], of one pair in float64 by the reference."""
-    x, y = x[None].double().cpu().requires_grad_(), y[None].double().cpu()
-    value = soft_dtw(x, y, gamma=gamma, backend="reference")
-    return value.item(), torch.autograd.grad(value, x)[0][0]
+    """Sum of a batch's losses, and the first pair's gradient for x [N, D], by the reference."""
+    x, y = x.detach().double().cpu(), y.detach().double().cpu()
+    total = soft_dtw(x, y, gamma=gamma, backend="reference").sum().item()
+    first = x[:1].requires_grad_()
+    value = soft_dtw(first, y[:1], gamma=gamma, backend="reference")
+    return total, torch.autograd.grad(value, first)[0][0]
 
 
 class Case:
@@ -181,12 +183,12 @@ class Case:
 
         def call():
             self.x.grad = self.y.grad = None
-            loss(self.x, self.y).sum().backward()
+            value = loss(self.x, self.y).sum()
+            value.backward()
+            return value
 
-        value, gradient = exact(self.x.detach()[0], self.y.detach()[0], self.gamma)
-        call()
-        with torch.no_grad():  # of one pair: some return the mean over a batch, or the sum
-            found = loss(self.x[:1], self.y[:1]).item()
+        value, gradient = exact(self.x, self.y, self.gamma)
+        found = call().item()
         error = float((self.x.grad[0].double().cpu() - gradient).abs().max() / gradient.abs().max())
         if not error < TOLERANCE or not abs(found - value) < TOLERANCE * abs(value):
             raise ValueError(
