@@ -292,6 +292,21 @@ def test_likelihood_is_a_metric_where_the_scores_hold_one(tmp_path):
     assert "NLL (nats/token) ↓" in tables.summary_table(comparison, tables.markdown)
 
 
+def test_text_that_a_recogniser_made_up_is_said(tmp_path):
+    def of(errors):
+        entries = [line(id_) for id_ in "abc"]
+        for entry, insertions in zip(entries, errors):
+            entry["asr"]["ctc"]["insertions"] = insertions
+        return entries
+
+    write_run(tmp_path, "noisy/0", of([30, 10, 20]))  # of ten words each
+    write_run(tmp_path, "mse/1", of([19, 19, 19]))
+    (note,) = (n for n in compare_runs([tmp_path], bootstrap=FEW).notes if "made up" in n)
+    assert note.startswith("wer: ctc made up text") and "in 2 of noisy (83% of its errors);" in note
+    write_run(tmp_path, "noisy/0", of([19, 10, 19]))
+    assert "made up" not in "".join(compare_runs([tmp_path], bootstrap=FEW).notes)
+
+
 def test_an_utterance_without_likelihood_is_left_out_of_every_row_and_is_counted(tmp_path):
     nats = {"mse/1": (11.0, 33.0, 44.0), "soft_dtw/1": (22.0, None, 44.0)}
     for name, values in nats.items():

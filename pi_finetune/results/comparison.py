@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pi_finetune.errors import UserError
-from pi_finetune.results.declarations import NLL, SIGNAL_METRICS, WER, Metric
+from pi_finetune.results.declarations import NLL, PER, SIGNAL_METRICS, WER, Metric
 from pi_finetune.results.runs import UNTRAINED, Run, common_utterances, load_runs, rank
 from pi_finetune.results.scores import (
     MetricScores,
@@ -40,6 +40,9 @@ __all__ = [
 
 #: Under this many, resampling utterances is not to be relied on, and the comparison says so.
 FEW_RECORDINGS = 20
+
+#: From so many errors on, no fewer than two a word, an utterance was not misheard but made up.
+MADE_UP = 20
 
 #: Dev scores in which runs may converge, the preferred first.
 DEV_METRICS = (*(replace(m, title=f"dev {m.title}") for m in (WER, NLL, *SIGNAL_METRICS)),)
@@ -194,6 +197,7 @@ def compare_runs(
     units, unit = resampling_units(scored, ids, notes)
     scores = {m.name: metric_scores(scored, ids, m, notes, units) for m in metrics}
     notes += _never_asked([m for m in metrics if not scores[m.name].asked])
+    notes += [note for table in scores.values() for note in _repeating(table)]
     recordings = len({recording(scored[0].scores[id_]) for id_ in ids})
     if recordings < FEW_RECORDINGS:
         notes.append(
@@ -237,6 +241,28 @@ def _never_asked(metrics):
         f"{', '.join(m.title for m in metrics if m.reference == reference)}: empty, needs {what}"
         for reference, what in needs.items()
         if any(m.reference == reference for m in metrics)
+    ]
+
+
+def _repeating(scores):
+    """A note on utterances with twice as many errors as words or more, few of which sway a mean.
+
+    A recogniser that makes up text, as Whisper does of noise, repeats itself up to its limit.
+    """
+    if scores.metric.title not in (WER.title, PER.title):
+        return []
+    found = {}
+    for name in dict.fromkeys(name for name, _ in scores.values):
+        errors = scores.stacked(name) / 100
+        wild = errors >= np.maximum(2 * scores.weights, MADE_UP)
+        if wild.any():
+            count, share = int(wild.sum()), errors[wild].sum() / errors.sum()
+            found[name] = f"{count} of {name} ({share:.0%} of its errors)"
+    if not found:
+        return []
+    return [
+        f"{scores.metric.name}: {scores.metric.recognizer} made up text, two errors a word or more, "
+        f"in {', '.join(found.values())}; a mean hangs on such utterances, a likelihood does not"
     ]
 
 
