@@ -251,7 +251,7 @@ def _repeating(scores):
     """
     if scores.metric.title not in (WER.title, PER.title):
         return []
-    found = {}
+    found, recognizer = {}, scores.metric.recognizer
     for name in dict.fromkeys(name for name, _ in scores.values):
         errors = scores.stacked(name) / 100
         wild = errors >= np.maximum(2 * scores.weights, MADE_UP)
@@ -261,7 +261,7 @@ def _repeating(scores):
     if not found:
         return []
     return [
-        f"{scores.metric.name}: {scores.metric.recognizer} made up text, two errors a word or more, "
+        f"{scores.metric.name}: {recognizer} made up text, two errors a word or more, "
         f"in {', '.join(found.values())}; a mean hangs on such utterances, a likelihood does not"
     ]
 
