@@ -221,9 +221,7 @@ def test_an_interrupted_check_goes_on(recordings, tiny, monkeypatch, capsys):
 @pytest.mark.parametrize("words", [[], ["--no_dnsmos"]])
 def test_dnsmos_can_be_left_out(recordings, tiny, tmp_path, monkeypatch, capsys, words):
     monkeypatch.setattr("pi_finetune.results.evaluation.without_reference", lambda: ["dnsmos_ovrl"])
-    monkeypatch.setattr(
-        "pi_finetune.results.pool.metrics.dnsmos", lambda wav: {"dnsmos_ovrl": 2.5}
-    )
+    monkeypatch.setattr("pi_finetune.results.pool.metrics.dnsmos", lambda wav: {"dnsmos_ovrl": 2.5})
     main(["check", str(recordings), "--mix", "1", "--utterances", "2", "--workers", "0", *words])
     assert ("DNSMOS" in capsys.readouterr().out) == (not words)
     (tmp_path / "list.csv").write_text(f"ID,wav\na,{next(recordings.rglob('*.flac'))}\n")
