@@ -76,8 +76,8 @@ def export_run(
     if "onnx" in formats:
         write_onnx(folder / ONNX_FILE, program)
     if "torch" in formats:
-        with replacing(folder / TORCH_FILE) as path:
-            torch.export.save(program, str(path))
+        with replacing(folder / TORCH_FILE) as path, path.open("wb") as file:
+            torch.export.save(program, file)  # it warns of any path that does not end in .pt2
     save_enhancer(folder, enhancer)
     there = [name for name in (HPARAMS_FILE, ONNX_FILE, TORCH_FILE) if (folder / name).exists()]
     write_text(folder / CARD_FILE, str(model_card(source, enhancer, there, license)))
