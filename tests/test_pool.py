@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pi_finetune.errors import UserError
-from pi_finetune.results import metrics, pool
+from pi_finetune.results import evaluation, metrics, pool
 from pi_finetune.results.pool import ScorePool, ScoringError
 
 RATE = metrics.SAMPLE_RATE
@@ -92,6 +92,20 @@ def test_memory_is_bounded(pairs):
         waiting = [scorer.submit(str(i), *pairs["utt0"]) for i in range(60)]
         assert sum(not scores.done() for scores in waiting) <= 20
         assert len({tuple(scores.result().values()) for scores in waiting}) == 1
+
+
+def test_pytorch_has_the_cores_that_the_processes_leave(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for workers, threads in ((0, 4), (4, 4), (5, 3), (8, 1), (99, 1)):
+            with pytest.raises(KeyboardInterrupt), evaluation._threads_beside(workers):
+                assert torch.get_num_threads() == threads
+                raise KeyboardInterrupt
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_loaders_that_fork_meanwhile_do_not_disturb(pairs, alone):
