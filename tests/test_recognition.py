@@ -446,7 +446,7 @@ def test_models_that_write_no_text_are_named(tiny_teacher, whisper_folder, tmp_p
 
 
 def test_a_shipped_encoder_is_named_relative_to_the_project(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(recognizers, "PROJECT_ROOT", Path(encoder.source).parent)
+    monkeypatch.setattr(recognizers.ctc, "PROJECT_ROOT", Path(encoder.source).parent)
     tokenizer = CharacterTokenizer()
     save_recognizer(tmp_path, "x", encoder, CTCHead.for_encoder(encoder, tokenizer), tokenizer)
     config = yaml.safe_load((tmp_path / "asr.yaml").read_text())
