@@ -40,6 +40,8 @@ STYLE = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
+#: Of Okabe and Ito, which most of the colour-blind can tell apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 TABLE = re.compile(r"(<!-- (\w+)(?: (\S+))?(?:: ([^>]*))? -->\n\n)((?:\|.*\n)*)")
 
 
@@ -180,7 +182,7 @@ def draw_curves(folder, path):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 2.8), layout="constrained")
         axes = figure.subplots()
-        for (name, seeds), colour in zip(curves.items(), ("#0072b2", "#d55e00", "#009e73")):
+        for (name, seeds), colour in zip(curves.items(), COLOURS[: len(curves)], strict=True):
             updates = sorted(set.intersection(*(set(curve) for curve in seeds)))
             for curve in seeds:
                 axes.plot(list(curve), list(curve.values()), color=colour, linewidth=0.5, alpha=0.5)
@@ -198,7 +200,7 @@ def draw_panel(axes, comparison):
     """One comparison: a line per system, a mark per recogniser."""
     wers = [metric for metric in comparison.metrics if metric.name.startswith("wer")]
     systems = [name for name in comparison.systems if name != "mse"]
-    for i, (metric, colour, marker) in enumerate(zip(wers, ("#0072b2", "#d55e00"), "os")):
+    for i, (metric, colour, marker) in enumerate(zip(wers, COLOURS, "os")):
         for row, name in enumerate(systems):
             found = comparison.summary[metric.name][name].difference
             y = row + 0.24 * (i - 0.5)
