@@ -2,7 +2,7 @@
 
     pip install pocketsphinx
     PYTHONPATH=examples python recipes/evaluate.py hparams/evaluate.yaml --run noisy \\
-        --recognizers "[!new:pocketsphinx_recognizer.PocketSphinx]"
+        --recognizers "[!new:pocketsphinx_recognizer.PocketSphinx {}]"
 
 A recogniser is anything with ``name``, ``unit`` and ``recognizer(waveforms) -> [text]``; what can
 give likelihoods has ``nll`` too, see ``pi_finetune.recognizers.LikelyRecognizer``.

@@ -2,15 +2,19 @@
 
 import json
 import math
+import re
 import shutil
 import string
+import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from hyperpyyaml import load_hyperpyyaml
 from running import Parrot, recipe
 from safetensors.torch import load_file, save_file
 from synthetic import write_audio
@@ -27,6 +31,7 @@ from pi_finetune.data.corpora import prepare_noise, prepare_speech
 from pi_finetune.data.loading import load_pairs
 from pi_finetune.data.mixing import NoiseMixer
 from pi_finetune.errors import UserError
+from pi_finetune.files import PROJECT_ROOT
 from pi_finetune.lengths import Waveforms
 from pi_finetune.recognizers import (
     CharacterTokenizer,
@@ -456,6 +461,21 @@ def test_a_shipped_encoder_is_named_relative_to_the_project(encoder, tmp_path, m
 
 
 # Characters and head.
+
+
+def test_the_example_of_a_recogniser_of_ones_own_loads_as_it_says(monkeypatch, waves):
+    """With a stand-in for the engine, which no other test needs."""
+    heard = SimpleNamespace(hypstr="read(2) me")
+    calls = {name: lambda *_, **__: None for name in ("start_utt", "process_raw", "end_utt")}
+    engine = SimpleNamespace(hyp=lambda: heard, **calls)
+    package = SimpleNamespace(Decoder=lambda **_: engine)
+    monkeypatch.setitem(sys.modules, "pocketsphinx", package)
+    monkeypatch.syspath_prepend(PROJECT_ROOT / "examples")
+    text = (PROJECT_ROOT / "examples" / "pocketsphinx_recognizer.py").read_text()
+    value = re.search(r'--recognizers "(.+)"', text)[1]
+    (recognizer,) = load_hyperpyyaml(f"recognizers: {value}")["recognizers"]
+    assert recognizer(waves) == ["read me"] * len(waves)
+    assert (recognizer.name, recognizer.unit) == ("pocketsphinx", "word")
 
 
 def test_tokenizer():
