@@ -217,6 +217,17 @@ def test_whisper_hears_beyond_thirty_seconds(whisper_folder, waves, monkeypatch)
     assert seen == [((1, *states), False), ((1, 80, frames), True)]
 
 
+def test_whisper_decodes_with_the_options_of_the_user(whisper_folder, waves):
+    def texts(**options):
+        return WhisperRecognizer(str(whisper_folder), generation=options)(waves)
+
+    plain = texts()
+    assert texts(num_beams=1) == plain
+    assert all(len(text) < len(other) for text, other in zip(texts(max_new_tokens=2), plain))
+    with pytest.raises(UserError, match="generation: 'no_repeat' is no option of"):
+        WhisperRecognizer(str(whisper_folder), generation={"no_repeat": 5})
+
+
 def test_multilingual_whisper_is_told_language_and_task(whisper_folder, tmp_path):
     from transformers import AutoTokenizer, WhisperForConditionalGeneration
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
@@ -32,20 +33,29 @@ class WhisperRecognizer:
         Hub name or folder. English-only and multilingual models.
     language : str
         Code of the language, for a multilingual model. Default: English.
+    generation : dict, optional
+        Of ``transformers``' ``GenerationConfig``, for the decoding of texts; these go before the
+        defaults here. ``{no_repeat_ngram_size: 5}`` ends the loops of a phrase that Whisper falls
+        into where there is noise.
 
     Attributes
     ----------
     name : str
         Last part of ``source``, e.g. ``whisper-tiny.en``.
+
+    Raises
+    ------
+    UserError
+        Where the model cannot be loaded, ``language`` is no code, or an option is not known.
     """
 
     SECONDS = 30
     unit = "word"
 
-    def __init__(self, source: str, language: str = "en"):
+    def __init__(self, source: str, language: str = "en", generation: dict | None = None):
         self.name = Path(source).name or str(source)
         self.model, self.extractor, self.tokenizer = _load_whisper(str(source))
-        self.options: dict = {"num_beams": 1, "do_sample": False}
+        self.options = _checked_options(generation or {})
         multilingual = _complete_generation_config(self.model, self.tokenizer, language)
         if multilingual:
             self.options.update(language=language, task="transcribe")
@@ -94,9 +104,8 @@ class WhisperRecognizer:
         with torch.autocast(device.type, enabled=False), _quiet_transformers():
             tokens = self.model.generate(
                 **inputs,
-                **self.options,
-                max_new_tokens=self.model.config.max_target_positions // 2,
                 return_timestamps=long,
+                **{"max_new_tokens": self.model.config.max_target_positions // 2, **self.options},
             )
         return [t.strip() for t in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
@@ -165,6 +174,18 @@ class WhisperRecognizer:
             loss = F.cross_entropy(logit[: len(row)].double(), row, reduction="sum")
             found[i] = (float(loss), len(row))
         return found
+
+
+def _checked_options(options):
+    """Those of decoding: greedy, unless the user's say otherwise."""
+    known = GenerationConfig()
+    for name in options:
+        if not hasattr(known, name):
+            raise UserError(
+                f"generation: '{name}' is no option of transformers.GenerationConfig; num_beams and "
+                "no_repeat_ngram_size are"
+            )
+    return {"num_beams": 1, "do_sample": False, **options}
 
 
 def _load_whisper(source):
