@@ -17,6 +17,12 @@ import pocketsphinx
 class PocketSphinx:
     """American English, with the models that the package brings along.
 
+    Arguments
+    ---------
+    **options
+        Of ``pocketsphinx.Decoder``. ``maxhmmpf: 10000`` (a third of the default) takes 0.6 times as
+        long where there is noise.
+
     Attributes
     ----------
     name : str
@@ -27,12 +33,15 @@ class PocketSphinx:
 
     name, unit = "pocketsphinx", "word"
 
+    def __init__(self, **options):
+        self.options = {"samprate": 16000, "loglevel": "FATAL", **options}
+
     def __call__(self, wavs):
         """Transcribe :class:`pi_finetune.lengths.Waveforms`."""
         texts = []
         for wav in wavs.items():
             samples = (wav.cpu().clamp(-1, 1) * 32767).short().numpy()
-            decoder = pocketsphinx.Decoder(samprate=16000, loglevel="FATAL")  # adapts to a speaker
+            decoder = pocketsphinx.Decoder(**self.options)  # a new one: it adapts to a speaker
             decoder.start_utt()
             decoder.process_raw(samples.tobytes(), full_utt=True)
             decoder.end_utt()
