@@ -336,9 +336,22 @@ def _check_keys(overrides, tree, path):
 
 
 def _dump(tree):
+    _mappings_in_lists_as_blocks(tree)
     stream = io.StringIO()
     ruamel.yaml.YAML().dump(tree, stream)
     return stream.getvalue()
+
+
+def _mappings_in_lists_as_blocks(node):
+    """ruamel.yaml writes [!new:X {a: 1}] without the braces, which is no YAML any more."""
+    if isinstance(node, ruamel.yaml.comments.CommentedSeq):
+        for item in node:
+            if isinstance(item, ruamel.yaml.comments.CommentedMap):
+                node.fa.set_block_style()
+                item.fa.set_block_style()
+    if isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            _mappings_in_lists_as_blocks(child)
 
 
 def asset_folder() -> str:

@@ -61,6 +61,13 @@ def test_a_block_can_be_exchanged_on_the_command_line(folder):
     assert hparams["made"] == Counter(x=5, y=2)
 
 
+def test_a_list_of_objects_can_be_given_on_the_command_line(folder):
+    """ruamel.yaml alone writes a mapping of one key without its braces."""
+    override = "made: [!new:collections.Counter {a: 1, b: {c: 2}}, !new:collections.Counter {a: 2}]"
+    hparams, _ = load_hparams(folder / "child.yaml", override)
+    assert hparams["made"] == [Counter(a=1, b={"c": 2}), Counter(a=2)]
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
