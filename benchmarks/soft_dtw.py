@@ -9,7 +9,8 @@ of one run only. Nothing is timed before its value and gradient pass: ours has t
 is left out with its error. ``--base`` adds an older revision of this project, in a process of
 its own from a throw-away worktree. "products" is the floor of the usual way to a gradient: the
 three matrix products of a squared Euclidean cost (x y', E y and E' x) and nothing else. Others are
-given the same cost through one product, where their own would materialise [B, N, M, D]. The
+given the same cost through one product, where their own would materialise [B, N, M, D].
+``--divergence`` times the divergence instead, beside the nine products of its three problems. The
 gradient error is that of the first pair's gradient for x, relative to its largest entry, against
 float64.
 """
@@ -57,7 +58,10 @@ def squared_distances(x, y):
 
 
 def ours(backend):
-    return lambda gamma: lambda x, y: soft_dtw(x, y, gamma=gamma, backend=backend)
+    def loss(gamma, divergence=False):
+        return lambda x, y: soft_dtw(x, y, gamma=gamma, divergence=divergence, backend=backend)
+
+    return loss
 
 
 def tslearn(gamma):
@@ -147,39 +151,42 @@ def status(field):
     return int(text.split(f"{field}:")[1].split()[0])
 
 
-def exact(x, y, gamma):
+def exact(x, y, gamma, divergence):
     """Sum of a batch's losses, and the first pair's gradient for x [N, D], by the reference."""
     x, y = x.detach().double().cpu(), y.detach().double().cpu()
-    total = soft_dtw(x, y, gamma=gamma, backend="reference").sum().item()
+    loss = OURS["pi_finetune (reference)"](gamma, divergence)
+    total = loss(x, y).sum().item()
     first = x[:1].requires_grad_()
-    value = soft_dtw(first, y[:1], gamma=gamma, backend="reference")
+    value = loss(first, y[:1])
     return total, torch.autograd.grad(value, first)[0][0]
 
 
 class Case:
     """The inputs of a shape, the same in every process, and what is timed on them."""
 
-    def __init__(self, shape, gamma, device):
+    def __init__(self, shape, gamma, device, divergence=False):
         B, N, M, D = shape
         torch.manual_seed(0)
-        self.gamma, self.device = gamma, device
+        self.gamma, self.device, self.divergence = gamma, device, divergence
         x, y = torch.randn(B, N, D), torch.randn(B, M, D)
         self.x, self.y = (
             torch.nn.functional.normalize(side, dim=-1).to(device).requires_grad_()
             for side in (x, y)
         )
-        self.e = torch.rand(B, N, M, device=device)
+        pairs = [(self.x, self.y)]
+        pairs += [(self.x, self.x), (self.y, self.y)] * divergence
+        self.pairs = [(u, v, torch.rand(B, u.shape[1], v.shape[1], device=device)) for u, v in pairs]
 
     def products(self):
-        x, y, e = self.x, self.y, self.e
         with torch.no_grad():
-            torch.bmm(x, y.transpose(1, 2)), torch.bmm(e, y), torch.bmm(e.transpose(1, 2), x)
+            for u, v, e in self.pairs:
+                torch.bmm(u, v.transpose(1, 2)), torch.bmm(e, v), torch.bmm(e.transpose(1, 2), u)
 
     def prepare(self, name):
         """The call of an implementation, compiled, checked and with its errors and memory."""
         if name == "products":
             return self.products, {"memory_mb": peak_memory(self.device, self.products)}
-        loss = {**OURS, **PEERS}[name](self.gamma)
+        loss = OURS[name](self.gamma, self.divergence) if name in OURS else PEERS[name](self.gamma)
 
         def call():
             self.x.grad = self.y.grad = None
@@ -187,7 +194,7 @@ class Case:
             value.backward()
             return value
 
-        value, gradient = exact(self.x, self.y, self.gamma)
+        value, gradient = exact(self.x, self.y, self.gamma, self.divergence)
         found = call().item()
         error = float((self.x.grad[0].double().cpu() - gradient).abs().max() / gradient.abs().max())
         if not error < TOLERANCE or not abs(found - value) < TOLERANCE * abs(value):
@@ -232,7 +239,8 @@ def serve():
         asked = json.loads(line)
         try:
             if "shape" in asked:
-                case = Case(asked["shape"], asked["gamma"], torch.device(asked["device"]))
+                device = torch.device(asked["device"])
+                case = Case(asked["shape"], asked["gamma"], device, asked["divergence"])
                 call, answer = case.prepare(asked["name"])
             else:
                 answer = {"ms": case.time(call)}
@@ -279,7 +287,7 @@ def parts(case, call, repeats):
 
     What else a machine does then adds little. The rest is Python, autograd, memory that is new,
     and the threads of PyTorch's own pool, which keep a processor busy for a while after their last
-    work. Beside it, the least of the three products.
+    work. Beside it, the least of the products.
     """
     from pi_finetune.soft_dtw import cpu
 
@@ -305,16 +313,16 @@ def parts(case, call, repeats):
             spent.update(dict.fromkeys(PARTS, 0.0))
             total, floor = processor_time(call), processor_time(case.products)
             rest = total - sum(spent.values())
-            times.append({**spent, "the rest": rest, "together": total, "three products": floor})
+            times.append({**spent, "the rest": rest, "together": total, "products": floor})
     finally:
         for name, function in originals.items():
             setattr(cpu, name, function)
     return {part: round(min(row[part] for row in times), 3) for part in times[0]}
 
 
-def measure(names, shape, gamma, repeats, device, base=None):
+def measure(names, shape, gamma, repeats, device, base=None, divergence=False):
     """Rows by name; ``base`` is a pair of a name and an :class:`Other`, timed in turn with them."""
-    case, timed, rows, ours_call = Case(shape, gamma, device), {}, {}, None
+    case, timed, rows, ours_call = Case(shape, gamma, device, divergence), {}, {}, None
     for name in ("products", *names):
         try:
             call, rows[name] = case.prepare(name)
@@ -328,7 +336,7 @@ def measure(names, shape, gamma, repeats, device, base=None):
     if base is not None:
         name, other = base
         asked = {"name": names[0], "shape": shape, "gamma": gamma, "device": str(device)}
-        rows[name] = other.ask(**asked)
+        rows[name] = other.ask(**asked, divergence=divergence)
         timed[name] = lambda: other.ask()["ms"]
     for row in rows.values():
         row["times"] = []
@@ -383,6 +391,7 @@ def append(path, result):
         "threads": result["threads"],
         "versions": " ".join(f"{k}={v}" for k, v in result["versions"].items()),
         "gamma": result["gamma"],
+        "divergence": result["divergence"],
         "repeats": result["repeats"],
     }
     columns = "name median_ms quartile_1_ms quartile_3_ms to_products memory_mb gradient_error"
@@ -406,6 +415,7 @@ def shown(result):
     """A results file as Markdown."""
     versions = [f"{package} {version}" for package, version in result["versions"].items()]
     head = f"{result['device']}, {result['threads']} threads, gamma {result['gamma']}"
+    head += ", divergence" * result.get("divergence", False)
     return "\n".join(
         [
             ", ".join([head, *versions]),
@@ -470,6 +480,7 @@ def main():
     parser.add_argument("--against", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gamma", type=float, default=0.1)
+    parser.add_argument("--divergence", action="store_true", help="of this project alone")
     parser.add_argument("--repeats", type=int, default=11, help="at least 2, for quartiles")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--reference", action="store_true", help="also time the plain reference")
@@ -483,6 +494,8 @@ def main():
         return write_text(arguments.page, with_tables(arguments.page.read_text()))
     if arguments.repeats < 2:
         parser.error(f"--repeats {arguments.repeats}: quartiles need at least 2")
+    if arguments.divergence and arguments.against:
+        parser.error("--divergence times this project alone: add --against without a name")
 
     torch.set_num_threads(arguments.threads)
     if arguments.serve:
@@ -495,6 +508,7 @@ def main():
         "threads": arguments.threads,
         "versions": versions(arguments.against),
         "gamma": arguments.gamma,
+        "divergence": arguments.divergence,
         "repeats": arguments.repeats,
         "dtype": "float32",
         "shapes": {},
@@ -508,7 +522,8 @@ def main():
         for label in arguments.shapes:
             shape = SHAPES.get(label) or tuple(map(int, label.split(",")))
             load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-            rows = measure(names, shape, arguments.gamma, arguments.repeats, device, base)
+            how = arguments.gamma, arguments.repeats, device, base, arguments.divergence
+            rows = measure(names, shape, *how)
             part = {"B, N, M, D": shape, "load_before": load, "results": list(summary(rows))}
             result["shapes"][label] = part
             print(shown_shape(label, part), flush=True)

@@ -56,14 +56,29 @@ def test_an_empty_table_takes_nothing_of_the_page_with_it(bench):
 def test_parts_of_a_call_add_up_to_it(bench):
     rows = bench.measure(("pi_finetune (cpu)",), (2, 40, 36, 8), 0.1, 3, torch.device("cpu"))
     spent = rows["pi_finetune (cpu)"]["parts"]
-    assert set(spent) == {*bench.PARTS, "the rest", "together", "three products"}
+    assert set(spent) == {*bench.PARTS, "the rest", "together", "products"}
     assert all(ms > 0 for ms in spent.values())
     # each is the least of its own repeats
     assert sum(spent[part] for part in (*bench.PARTS, "the rest")) <= 1.001 * spent["together"]
 
 
+def test_the_divergence_takes_the_products_of_three_problems(bench, monkeypatch):
+    products = []
+    monkeypatch.setattr(torch, "bmm", lambda a, b: products.append((*a.shape, b.shape[-1])))
+    bench.Case((2, 7, 5, 3), 0.1, torch.device("cpu"), True).products()
+    pairs = [(7, 5), (7, 7), (5, 5)]
+    assert products == [
+        shape for n, m in pairs for shape in ((2, n, 3, m), (2, n, m, 3), (2, m, n, 3))
+    ]
+    monkeypatch.undo()
+    rows = bench.measure(
+        ("pi_finetune (cpu)",), (2, 20, 18, 4), 0.1, 2, torch.device("cpu"), divergence=True
+    )
+    assert rows["pi_finetune (cpu)"]["gradient_error"] < 1e-5
+
+
 def test_what_is_wrong_is_not_timed(bench, monkeypatch, capsys):
-    def nearly(gamma):
+    def nearly(gamma, divergence=False):
         return lambda x, y: 1.05 * bench.soft_dtw(x, y, gamma=gamma)
 
     monkeypatch.setitem(bench.PEERS, "nearly", nearly)
