@@ -175,7 +175,9 @@ class Case:
         )
         pairs = [(self.x, self.y)]
         pairs += [(self.x, self.x), (self.y, self.y)] * divergence
-        self.pairs = [(u, v, torch.rand(B, u.shape[1], v.shape[1], device=device)) for u, v in pairs]
+        self.pairs = [
+            (u, v, torch.rand(B, u.shape[1], v.shape[1], device=device)) for u, v in pairs
+        ]
 
     def products(self):
         with torch.no_grad():
