@@ -182,8 +182,8 @@ def _checked_options(options):
     for name in options:
         if not hasattr(known, name):
             raise UserError(
-                f"generation: '{name}' is no option of transformers.GenerationConfig; num_beams and "
-                "no_repeat_ngram_size are"
+                f"generation: '{name}' is no option of transformers.GenerationConfig, as num_beams "
+                "and no_repeat_ngram_size are"
             )
     return {"num_beams": 1, "do_sample": False, **options}
 

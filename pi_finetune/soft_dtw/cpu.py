@@ -17,12 +17,15 @@ Precision: R is kept in float64, in which neither its length nor a small gamma h
 memory since R is never stored. Exponentials and logarithms see differences only and are float32.
 Everything is in base 2: costs are multiplied by log2(e) / gamma on the way in.
 
-Threads run over the batch, as many as torch.get_num_threads() says.
+Threads run over the batch, as many as torch.get_num_threads() says, and where they can are those
+of PyTorch's own operators.
 """
 
+import ctypes
 import functools
 import math
 import os
+import pathlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -526,46 +529,94 @@ def _state_size(N, M):
 
 _pool: Any = None
 _threads_of_pool = None
+_PROCESS = os.getpid()
+_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def _openmp():
+    """`GOMP_parallel(task, data, threads, flags)` of the OpenMP library that PyTorch runs on, or
+    None where it runs on another kind."""
+    library = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # its own or of a library that it needs
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = _TASK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    parallel.restype = None
+    return parallel
 
 
 def _for_each(items, start):
     """[run(b) for b in range(items)], on as many threads as PyTorch uses: each has start() make
     its `run`, and with that what it writes to.
 
-    Python threads, which the kernels and PyTorch's operators free of the GIL. Whole items run in
+    The kernels and PyTorch's operators free the threads of the GIL. Whole items run in
     parallel, each operator on one thread (more where there are fewer items than threads): nothing
     waits at the barriers of a parallel matrix product, which on a busy machine is most of the time.
     The calling thread works too, so a helper that gets no processor costs nothing. What Python
     itself does for an item runs on one thread at a time, so there is to be little of it.
     """
-    global _pool, _threads_of_pool
     threads = torch.get_num_threads()
     if threads == 1 or items <= 1:
         run = start()
         return [run(b) for b in range(items)]
-    if _threads_of_pool != (os.getpid(), threads):  # a forked process has none of the threads
-        _pool = ThreadPoolExecutor(threads, "soft_dtw")
-        _threads_of_pool = os.getpid(), threads
-    pool, results = _pool, [None] * items
+    results = [None] * items
     waiting = iter(range(items))  # next() is atomic
 
     def work():
-        torch.set_num_threads(max(1, threads // items))
         with torch.no_grad():  # a setting of each thread
             run = start()
             for b in waiting:
                 results[b] = run(b)
 
-    helpers = [pool.submit(work) for _ in range(min(threads, items) - 1)]
-    try:
+    if items >= threads and _openmp() and os.getpid() == _PROCESS:
+        _in_openmp(work, threads)
+    else:
+        _in_pool(work, threads, items)
+    return results
+
+
+def _in_openmp(work, threads):
+    """work() in each of PyTorch's own threads.
+
+    After its last operator such a thread waits for the next at full load, for up to some ten
+    milliseconds; threads of ours would share its core meanwhile.
+    """
+    errors = []
+
+    def task(_):
+        try:
+            work()
+        except BaseException as error:  # one that leaves the task would be printed and lost
+            errors.append(error)
+
+    _openmp()(_TASK(task), None, threads, 0)
+    if errors:
+        raise errors[0]
+
+
+def _in_pool(work, threads, items):
+    """work() in the calling thread and in some of Python's."""
+    global _pool, _threads_of_pool
+    if _threads_of_pool != (os.getpid(), threads):  # a forked process has none of the threads
+        _pool = ThreadPoolExecutor(threads, "soft_dtw")
+        _threads_of_pool = os.getpid(), threads
+    pool = _pool
+
+    def work_on_few():
+        torch.set_num_threads(max(1, threads // items))
         work()
+
+    helpers = [pool.submit(work_on_few) for _ in range(min(threads, items) - 1)]
+    try:
+        work_on_few()
     finally:
         torch.set_num_threads(threads)  # also the default of threads to come
         for helper in helpers:
             # One that has not started finds nothing left to do.
             if not helper.cancel():
                 helper.result()
-    return results
 
 
 class _Paths(NamedTuple):
