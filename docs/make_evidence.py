@@ -13,6 +13,7 @@ it), learning_rates.
 
 import functools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ STYLE = {
 }
 #: Of Okabe and Ito, which most of the colour-blind can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LIMIT = 10  # points of WER that a figure shows
 TABLE = re.compile(r"(<!-- (\w+)(?: (\S+))?(?:: ([^>]*))? -->\n\n)((?:\|.*\n)*)")
 
 
@@ -165,7 +167,7 @@ def draw_differences(panels, path):
             draw_panel(axes, comparison)
             axes.set_title(title, fontsize=9, loc="left")
             handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
-        axes.set_xlim(-10, 10)  # some controls' intervals are longer
+        axes.set_xlim(-LIMIT, LIMIT)  # some controls' intervals are longer
         axes.set_xlabel("WER − WER of mse (points): below 0 is better")
         figure.legend(handles.values(), handles.keys(), loc="outside upper right")
         with replacing(path) as temporary:
@@ -207,6 +209,11 @@ def draw_panel(axes, comparison):
             axes.plot([found.low, found.high], [y, y], color=colour, linewidth=1.6)
             label = metric.recognizer if row == 0 else None
             axes.plot(found.estimate, y, marker, color=colour, markersize=4, label=label)
+            if abs(found.estimate) > LIMIT:  # beyond the panel: said in words
+                side = math.copysign(LIMIT, found.estimate)
+                text = f"{found.estimate:+.1f} →" if side > 0 else f"← {found.estimate:.1f}"
+                align = "right" if side > 0 else "left"
+                axes.text(side, y, text, color=colour, ha=align, va="bottom", fontsize=7)
     axes.axvline(0, color="#555555", linewidth=0.8)
     axes.set_yticks(range(len(systems)), systems)
     axes.invert_yaxis()
