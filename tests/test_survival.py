@@ -188,6 +188,24 @@ def test_every_damage_is_seen(tmp_path, do, file):
         checkpointer.recover_if_possible()
 
 
+@pytest.mark.parametrize("left", ["end-of-epoch: true\n", "unixtime: 1.0\n"])
+def test_a_description_that_lost_lines_is_no_checkpoint(tmp_path, left):
+    """Such a text is still YAML, without the time or the kind that the choice goes by."""
+    checkpointer = Checkpointer(tmp_path, {"layer": torch.nn.Linear(1, 1)})
+    for update in range(2):
+        checkpointer.save_checkpoint(meta={"update": update})
+    (checkpoints_of(tmp_path)[-1] / "CKPT.yaml").write_text(left)
+    assert [found.meta["update"] for found in checkpointer.list_checkpoints()] == [0]
+    assert checkpointer.recover_if_possible().meta["update"] == 0
+
+
+def test_a_checkpoint_of_the_same_name_takes_the_place_of_the_first(tmp_path):
+    checkpointer = Checkpointer(tmp_path, {"layer": torch.nn.Linear(1, 1)})
+    for update in range(2):
+        checkpointer.save_checkpoint(meta={"update": update}, name="named")
+    assert [found.meta["update"] for found in checkpointer.list_checkpoints()] == [1]
+
+
 def test_no_whole_checkpoint_is_an_error_and_no_new_start(train, capsys):
     run = train("mse", **EVERY_STEP)
     for folder in checkpoints(run):
