@@ -554,8 +554,7 @@ def _for_each(items, start):
     The kernels and PyTorch's operators free the threads of the GIL. Whole items run in
     parallel, each operator on one thread (more where there are fewer items than threads): nothing
     waits at the barriers of a parallel matrix product, which on a busy machine is most of the time.
-    The calling thread works too, so a helper that gets no processor costs nothing. What Python
-    itself does for an item runs on one thread at a time, so there is to be little of it.
+    What Python itself does for an item runs on one thread at a time: there is to be little of it.
     """
     threads = torch.get_num_threads()
     if threads == 1 or items <= 1:
@@ -570,14 +569,15 @@ def _for_each(items, start):
             for b in waiting:
                 results[b] = run(b)
 
-    if items >= threads and _openmp() and os.getpid() == _PROCESS:
-        _in_openmp(work, threads)
+    parallel = _openmp()
+    if parallel and items >= threads and os.getpid() == _PROCESS:
+        _in_openmp(parallel, work, threads)
     else:
         _in_pool(work, threads, items)
     return results
 
 
-def _in_openmp(work, threads):
+def _in_openmp(parallel, work, threads):
     """work() in each of PyTorch's own threads.
 
     After its last operator such a thread waits for the next at full load, for up to some ten
@@ -591,13 +591,14 @@ def _in_openmp(work, threads):
         except BaseException as error:  # one that leaves the task would be printed and lost
             errors.append(error)
 
-    _openmp()(_TASK(task), None, threads, 0)
+    parallel(_TASK(task), None, threads, 0)
     if errors:
         raise errors[0]
 
 
 def _in_pool(work, threads, items):
-    """work() in the calling thread and in some of Python's."""
+    """work() in the calling thread and in some of Python's; one that gets no processor costs
+    nothing."""
     global _pool, _threads_of_pool
     if _threads_of_pool != (os.getpid(), threads):  # a forked process has none of the threads
         _pool = ThreadPoolExecutor(threads, "soft_dtw")
