@@ -28,15 +28,6 @@ from pi_finetune.teacher import Teacher
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slowed down by a second thread, a hundredfold on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tones(rng, samples):
     """A waveform whose 'phones' are tones of 0.1 to 0.3 s from an inventory of four."""
     parts = []

@@ -22,16 +22,6 @@ from pi_finetune.errors import UserError
 from pi_finetune.lengths import Waveforms
 from pi_finetune.teacher import Teacher
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slowed down by a second thread, a hundredfold on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 SHAPE = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
