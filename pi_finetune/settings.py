@@ -218,6 +218,7 @@ SETTINGS = _table(
     segment_seconds=(or_null(SECONDS), "length of a crop"),
     valid_segment_seconds=(SECONDS, "length of a dev crop"),
     valid_utterances=(or_null(COUNT), "dev utterances; null: all"),
+    train_max_seconds=(or_null(SECONDS), "longest utterance in training"),
     valid_max_seconds=(or_null(SECONDS), "longest dev utterance"),
     test_utterances=(or_null(COUNT), "test utterances; null: all"),
     utterances=(or_null(COUNT), "utterances that are measured; null: all"),

@@ -25,7 +25,7 @@ from pi_finetune.commands import parse
 from pi_finetune.config import build
 from pi_finetune.data.checking import check_pairs
 from pi_finetune.data.corpora import prepare_speech
-from pi_finetune.data.loading import collate
+from pi_finetune.data.loading import choose, collate
 from pi_finetune.distributed import on_main
 from pi_finetune.errors import command
 from pi_finetune.recognizers import load_recognizer
@@ -45,6 +45,8 @@ def dataio_prepare(hparams):
             ("test", "data_folder"),
         )
     )
+    valid = choose(valid, hparams["valid_utterances"])
+    test = choose(test, hparams["test_utterances"])
     mixer = on_main(build, hparams["train_mixer"])
     if hparams["check_data"]:
         on_main(check_pairs, train, valid, test, mixer)

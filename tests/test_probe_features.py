@@ -56,6 +56,7 @@ def test_table_of_a_teacher_and_log_mel(corpus, tmp_path, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
     rows = {row[0]: row[1:] for row in rows if len(row) == 6}
     assert {"layer cnn", "layer 0", "log-mel, 1 frame", "log-mel, 3 frames"} < rows.keys()
+    assert rows["weighted sum of layers"][0] == rows["layer 0"][0]
     dimensions, rate, _, test, noisy = rows["log-mel, 1 frame"]
     assert (dimensions, rate) == ("80", "0.03") and rows["log-mel, 3 frames"][0] == "240"
     assert float(test) < 20 and float(noisy) > float(test) + 20
@@ -74,3 +75,23 @@ def test_frames_are_those_of_the_teachers_and_standardised():
     scaled = probe_features.standardised(beside).float()
     assert scaled.mean(0).abs().max() < 1e-2
     assert scaled.std(0).sub(1).abs().max() < 0.02
+
+
+@pytest.mark.needs("gruut")
+def test_the_weights_of_the_layers_are_learned():
+    """Layer 1 of three says which phoneme a frame has, the others are noise."""
+    tokenizer = probe_features.PhonemeTokenizer()
+    generator = torch.Generator().manual_seed(0)
+    texts = ["OH EYE AWE", "EYE OH", "AWE EYE OH", "OH AWE"] * 4
+    features = []
+    for text in texts:
+        tokens = torch.tensor(tokenizer.encode(text)).repeat_interleave(4)
+        x = torch.randn(len(tokens), 3, len(tokenizer), generator=generator)
+        x[:, 1] += 6 * torch.nn.functional.one_hot(tokens, len(tokenizer))
+        features.append(x.half())
+    probe = probe_features.train_probe(features, texts, tokenizer, 40, 0.05, 4)
+    weights = probe.weights.softmax(0)
+    assert weights[1] > 2 * max(weights[0], weights[2])
+    states = torch.randn(2, 5, 3, len(tokenizer), generator=generator)
+    expected = probe.linear(sum(w * states[:, :, i] for i, w in enumerate(weights)))
+    torch.testing.assert_close(probe(states), expected)

@@ -714,6 +714,20 @@ def test_training_learns_to_spell_what_it_has_not_seen(train, tones):
     assert all(record["reference"] in "ABCD" for record in records)
 
 
+def test_fewer_utterances_of_dev_and_test(train, tones, monkeypatch):
+    held = []
+    fit = RecognitionBrain.fit
+
+    def spy(self, epochs, train_set, valid_set, **options):
+        held.append(len(valid_set))
+        return fit(self, epochs, train_set, valid_set, **options)
+
+    monkeypatch.setattr(RecognitionBrain, "fit", spy)
+    run = train(data_folder=tones, updates=2, valid_utterances=5, test_utterances=3)
+    assert held == [5]
+    assert len((run / "test.jsonl").read_text().splitlines()) == 3 * 2  # clean and at 0 dB
+
+
 @pytest.mark.needs("gruut")
 def test_phoneme_training_is_scored_in_phonemes(train, tones, capsys):
     run = train(

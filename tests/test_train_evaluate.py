@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from pi_finetune.brains.enhancement import EnhancementBrain
 from pi_finetune.data.audio import read_audio
+from pi_finetune.data.corpora import prepare_speech
 from pi_finetune.enhancers import load_enhancer, save_enhancer
 from pi_finetune.lengths import Waveforms
 
@@ -77,6 +78,22 @@ def test_all_strategies_start_from_the_same_mixtures(train, monkeypatch):
     assert len(heard["mse"]) == len(heard["soft_dtw"]) == 6
     for one, other in zip(heard["mse"], heard["soft_dtw"]):
         assert torch.equal(one, other)
+
+
+def test_whole_utterances_up_to_a_length(train, corpus, monkeypatch):
+    heard = set()
+    fit_batch = EnhancementBrain.fit_batch
+
+    def spy(self, batch):
+        heard.update(batch.id)
+        return fit_batch(self, batch)
+
+    monkeypatch.setattr(EnhancementBrain, "fit_batch", spy)
+    manifest = prepare_speech(corpus, ["train*"])
+    durations = sorted(entry["duration"] for entry in manifest.values())
+    limit = durations[len(durations) // 2]
+    train("mse", segment_seconds="null", train_max_seconds=limit, updates=len(durations))
+    assert heard == {key for key, entry in manifest.items() if entry["duration"] <= limit}
 
 
 @pytest.mark.parametrize("killed_at", [2, 4])

@@ -4,11 +4,12 @@
         --train train-clean-100 --dev dev-clean --test test-clean
 
 One linear layer reads phonemes from a single frame and is trained with CTC, as in the phoneme task
-of SUPERB (Yang et al., 2021) but for each layer by itself. Every kind of feature
-is treated alike: zero mean and unit variance of each dimension over an utterance, the same updates,
-batches and learning rates; of these the one with the fewest dev errors counts. Features are the
-teacher's layers, log-mel energies (80 bands, 25 ms every 20 ms: the teacher's frames), and log-mel
-with neighbouring frames beside each. Prints a table of the errors, in percent; with
+of SUPERB (Yang et al., 2021): there for a sum of the layers with learned weights, here also for
+each layer by itself. Every kind of feature is treated alike: zero mean and unit variance of each
+dimension over an utterance, the same updates, batches and learning rates; of these the one with the
+fewest dev errors counts. Features are the teacher's layers, log-mel energies (80 bands, 25 ms every
+20 ms: the teacher's frames), and log-mel with neighbouring frames beside each. Prints a table of
+the errors, in percent; with
 ``--noise_folder`` also those of the test in noise.
 """
 
@@ -94,7 +95,7 @@ def main(argv=None):
             tried.append((errors[0], lr, errors))
         _, lr, errors = min(tried)
         rows.append(
-            [name, str(train[0].shape[1]), f"{lr:g}", *(f"{error:.1f}" for error in errors)]
+            [name, str(train[0].shape[-1]), f"{lr:g}", *(f"{error:.1f}" for error in errors)]
         )
     counts = ", ".join(f"{len(lines)} {part}" for part, lines in texts.items())
     print(f"Phoneme errors in percent; utterances: {counts}")
@@ -103,8 +104,11 @@ def main(argv=None):
 
 @torch.no_grad()
 def all_features(teacher, layers, manifest, contexts, mixer=None, batch_size=8):
-    """``{name: [[F, D] of each utterance]}``, float16, zero mean and unit variance over F."""
-    names = [f"layer {name}" for name in layers]
+    """``{name: [[F, D] of each utterance]}``, float16, zero mean and unit variance over F.
+
+    Of several layers also ``weighted sum of layers``: all of them, [F, L, D].
+    """
+    names = [f"layer {name}" for name in layers] + ["weighted sum of layers"] * (len(layers) > 1)
     found = {name: [] for name in (*names, *(_mel_name(frames) for frames in contexts))}
     items = list(manifest.items())
     for first in range(0, len(items), batch_size):
@@ -115,8 +119,9 @@ def all_features(teacher, layers, manifest, contexts, mixer=None, batch_size=8):
             wavs = [mixer(wav, rng)[0] for wav, rng in zip(wavs, draws)]
         states, lengths = teacher.hidden_states(Waveforms.collate(wavs), layers=layers)
         for i, (wav, length) in enumerate(zip(wavs, lengths.tolist())):
-            for name, state in zip(names, states):
-                found[name].append(standardised(state[i, :length]))
+            heard = [standardised(state[i, :length]) for state in states]
+            for name, x in zip(names, [*heard, torch.stack(heard, 1)]):
+                found[name].append(x)
             mel = log_mel(wav)
             for frames in contexts:
                 found[_mel_name(frames)].append(standardised(stacked(mel, frames)))
@@ -146,13 +151,27 @@ def stacked(x, frames):
     return padded.unfold(0, frames, 1).flatten(1)
 
 
+class Probe(nn.Module):
+    """A linear layer, [B, F, D] to [B, F, V]; of [B, F, L, D], of a learned mean of L layers."""
+
+    def __init__(self, shape, outputs):
+        super().__init__()
+        self.linear = nn.Linear(shape[-1], outputs)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.weights = nn.Parameter(torch.zeros(shape[1])) if len(shape) == 3 else None
+
+    def forward(self, x):
+        if self.weights is not None:
+            x = torch.einsum("bfld, l -> bfd", x, self.weights.softmax(0))
+        return self.linear(x)
+
+
 def train_probe(features, texts, tokenizer, epochs, lr, batch_size, seed=0):
-    """A linear layer [D] to [V], trained with CTC at a rate that falls to zero."""
+    """A :class:`Probe` that is trained with CTC at a rate that falls to zero."""
     tokens = [torch.tensor(tokenizer.encode(text)) for text in texts]
     generator = torch.Generator().manual_seed(seed)
-    probe = nn.Linear(features[0].shape[1], len(tokenizer))
-    nn.init.zeros_(probe.weight)
-    nn.init.zeros_(probe.bias)
+    probe = Probe(features[0].shape, len(tokenizer))
     optimizer = torch.optim.Adam(probe.parameters(), lr)
     batches = -(-len(features) // batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * batches)
