@@ -396,11 +396,16 @@ class Ablation:
 
 
 def _mapping(hparams, key):
-    """{name: own settings}, also where the YAML file lists names only."""
+    """{name: own settings}, also of a list: of names, and of NAME: settings."""
     value = hparams[key] or {}
-    if isinstance(value, list):
-        value = {name: {} for name in value}
-    return {name: settings or {} for name, settings in value.items()}
+    pairs: list[tuple[str, dict | None]] = []
+    for item in value if isinstance(value, list) else [value]:
+        pairs += item.items() if isinstance(item, dict) else [(item, None)]
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{key}: {name!r} is there twice. Give each a name of its own.")
+    return {name: settings or {} for name, settings in pairs}
 
 
 def run_cells(

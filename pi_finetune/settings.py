@@ -143,9 +143,11 @@ SNRS = sequence(SNR, "numbers in dB, e.g. [0, 5, 10], with .inf for clean speech
 SPLITS = either(TEXT, sequence(TEXT, "names or patterns of splits, e.g. [train*]"))
 LAYER = either(TEXT, whole())
 MAPPING = Kind("a mapping of keys to values", lambda value: isinstance(value, dict))
-NAMES = either(
-    sequence(either(NAME, TEXT), "names", empty=True),
-    Kind("a mapping of names to settings", lambda value: isinstance(value, dict)),
+_OWN_SETTINGS = Kind("a mapping of names to settings", lambda value: isinstance(value, dict))
+NAMES = either(sequence(either(NAME, TEXT), "names", empty=True), _OWN_SETTINGS)
+VARIANTS = either(
+    sequence(either(NAME, TEXT, _OWN_SETTINGS), "names, each with or without settings", empty=True),
+    _OWN_SETTINGS,
 )
 
 
@@ -335,8 +337,8 @@ SETTINGS = _table(
     causal_offset_seconds=(SECONDS, "largest offset"),
     training=(MAPPING, "keys of finetune.yaml"),
     # Ablation
-    strategies=(NAMES, "what is compared"),
-    controls=(NAMES, "strategies without a teacher"),
+    strategies=(VARIANTS, "what is compared"),
+    controls=(VARIANTS, "strategies without a teacher"),
     untrained=(NAMES, "systems without a training"),
     teachers=(NAMES, "teachers"),
     seeds=(sequence(SEED, "whole numbers, 0 or more", empty=True), "seeds"),

@@ -113,9 +113,18 @@ def test_a_variant_of_a_strategy_has_a_name_of_its_own(tmp_path):
     assert option(training, "gamma") == "1.0" and option(training, "strategy") == "smooth"
 
 
+def test_a_list_may_hold_variants_beside_names(tmp_path):
+    mixed = ["mse", {"smooth": {"hparams": "soft_dtw.yaml", "gamma": 1.0}}]
+    plan = ablation(tmp_path, strategies=mixed, controls=[], lrs=[0.01], seeds=[1])
+    mse, smooth = (cell.calls()[0] for cell in plan.cells()[-2:])
+    assert option(mse, "strategy") == "mse" and option(smooth, "strategy") == "smooth"
+    assert smooth.experiment.name == "soft_dtw.yaml" and option(smooth, "gamma") == "1.0"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"strategies": ["mse", {"mse": {"lr": 1.0}}]}, "strategies: 'mse' is there twice"),
         ({"strategies": ["nonsense"]}, "no experiment file nonsense"),
         ({"seeds": []}, "seeds: give at least one"),
         ({"controls": ["mse"]}, "mse: both in strategies and in controls"),
