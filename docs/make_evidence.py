@@ -7,8 +7,8 @@ In a page a comment says what the table under it is, and this script writes the 
     <!-- summary mse: noisy pretrained controls whisper -->
 
 Kinds: summary, results (its columns of WER, NLL and PESQ), differences, convergence (with a
-baseline, and folders of docs/evidence or runs in them), gradients (a file of it), causal (files of
-it), learning_rates.
+baseline, and folders of docs/evidence or runs in them), verdicts (folders, each a setting), gradients
+(a file of it), causal (files of it), learning_rates.
 """
 
 import functools
@@ -25,8 +25,10 @@ from pi_finetune.files import replacing, write_text
 from pi_finetune.report.tables import (
     convergence_table,
     difference_table,
+    interval_text,
     markdown,
     number,
+    signed,
     summary_table,
 )
 from pi_finetune.results.comparison import compare_runs
@@ -77,6 +79,8 @@ def table(kind, baseline, places):
         return _narrow(markdown(*causal(*places.split())))
     if kind == "gradients":
         return _narrow(markdown(*gradients(places)))
+    if kind == "verdicts":
+        return _narrow(markdown(*verdicts(*places.split())))
     comparison = compared(baseline, tuple(places.split()))
     if kind == "summary":
         return _narrow(summary_table(comparison, markdown))
@@ -97,6 +101,33 @@ def table(kind, baseline, places):
 def compared(baseline, places):
     """The comparison of folders of docs/evidence."""
     return compare_runs([SCORES / place for place in places], baseline=baseline)
+
+
+def verdicts(*settings):
+    """Header and rows: what each setting says of the claims C2, C3 and C4."""
+    header = ["setting", "seeds", "C2: dev NLL, soft_dtw − mse"]
+    header += [
+        f"{claim}: {metric}, {difference}"
+        for claim, difference in (("C3", "soft_dtw − mse"), ("C4", "zero_pad − soft_dtw"))
+        for metric in ("NLL", "WER")
+    ]
+    rows = []
+    for setting in settings:
+        mse, soft_dtw = (compared(baseline, (setting,)) for baseline in ("mse", "soft_dtw"))
+        compare = ("mse", "zero_pad", "soft_dtw")
+        seeds = sorted({len(mse.convergence[name].seeds) for name in compare})
+        area = mse.convergence["soft_dtw"].area_difference
+        cells = [setting, "–".join(map(str, seeds)), _change(area, 3)]
+        for comparison, strategy in ((mse, "soft_dtw"), (soft_dtw, "zero_pad")):
+            for name, digits in (("nll", 3), ("wer", 2)):
+                found = comparison.summary[name][strategy]
+                cells.append(f"{_change(found.difference, digits)}: {found.verdict}")
+        rows.append(cells)
+    return header, rows
+
+
+def _change(interval, digits):
+    return signed(interval.estimate, digits) + interval_text(interval, digits)
 
 
 def _recognition(row):
