@@ -7,8 +7,8 @@ In a page a comment says what the table under it is, and this script writes the 
     <!-- summary mse: noisy pretrained controls whisper -->
 
 Kinds: summary, results (its columns of WER, NLL and PESQ), differences, convergence (with a
-baseline, and folders of docs/evidence or runs in them), verdicts (folders, each a setting), gradients
-(a file of it), causal (files of it), learning_rates.
+baseline, and folders of docs/evidence or runs in them), verdicts (folders, each a setting),
+gradients (a file of it), causal (files of it), learning_rates.
 """
 
 import functools
@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from pi_finetune.files import replacing, write_text
 from pi_finetune.report.tables import (
+    MISSING,
     convergence_table,
     difference_table,
     interval_text,
@@ -115,13 +116,14 @@ def verdicts(*settings):
     for setting in settings:
         mse, soft_dtw = (compared(baseline, (setting,)) for baseline in ("mse", "soft_dtw"))
         compare = ("mse", "zero_pad", "soft_dtw")
-        seeds = sorted({len(mse.convergence[name].seeds) for name in compare})
+        seeds = sorted({len(f.seeds) for name, f in mse.convergence.items() if name in compare})
         area = mse.convergence["soft_dtw"].area_difference
         cells = [setting, "–".join(map(str, seeds)), _change(area, 3)]
         for comparison, strategy in ((mse, "soft_dtw"), (soft_dtw, "zero_pad")):
             for name, digits in (("nll", 3), ("wer", 2)):
-                found = comparison.summary[name][strategy]
-                cells.append(f"{_change(found.difference, digits)}: {found.verdict}")
+                found = comparison.summary[name].get(strategy)
+                change = found and f"{_change(found.difference, digits)}: {found.verdict}"
+                cells.append(change or MISSING)
         rows.append(cells)
     return header, rows
 
