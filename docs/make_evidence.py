@@ -238,18 +238,18 @@ def draw_panel(axes, comparison):
     for i, (metric, colour, marker) in enumerate(zip(wers, COLOURS, "os")):
         for row, name in enumerate(systems):
             found = comparison.summary[metric.name][name].difference
-            y = row + 0.24 * (i - 0.5)
+            y = row + 0.24 * (i - (len(wers) - 1) / 2)
             axes.plot([found.low, found.high], [y, y], color=colour, linewidth=1.6)
             label = metric.recognizer if row == 0 else None
             axes.plot(found.estimate, y, marker, color=colour, markersize=4, label=label)
             if abs(found.estimate) > LIMIT:  # beyond the panel: said in words
                 side = math.copysign(LIMIT, found.estimate)
-                text = f"{found.estimate:+.1f} →" if side > 0 else f"← {found.estimate:.1f}"
+                text = f"{found.estimate:+.1f} →" if side > 0 else f"← −{-found.estimate:.1f}"
                 align = "right" if side > 0 else "left"
                 axes.text(side, y, text, color=colour, ha=align, va="bottom", fontsize=7)
     axes.axvline(0, color="#555555", linewidth=0.8)
     axes.set_yticks(range(len(systems)), systems)
-    axes.invert_yaxis()
+    axes.set_ylim(len(systems) - 0.5, -0.5)  # the first on top
 
 
 def _narrow(text):
