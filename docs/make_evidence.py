@@ -13,7 +13,6 @@ gradients (a file of it), causal (files of it), learning_rates.
 
 import functools
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -24,9 +23,9 @@ from matplotlib.figure import Figure
 from pi_finetune.files import replacing, write_text
 from pi_finetune.report.tables import (
     MISSING,
+    change_text,
     convergence_table,
     difference_table,
-    interval_text,
     markdown,
     number,
     signed,
@@ -115,21 +114,18 @@ def verdicts(*settings):
     rows = []
     for setting in settings:
         mse, soft_dtw = (compared(baseline, (setting,)) for baseline in ("mse", "soft_dtw"))
-        compare = ("mse", "zero_pad", "soft_dtw")
-        seeds = sorted({len(f.seeds) for name, f in mse.convergence.items() if name in compare})
+        trained = [mse.convergence.get(name) for name in ("mse", "zero_pad", "soft_dtw")]
+        seeds = sorted({len(each.seeds) for each in trained if each})
         area = mse.convergence["soft_dtw"].area_difference
-        cells = [setting, "–".join(map(str, seeds)), _change(area, 3)]
+        cells = [setting, "–".join(map(str, seeds)), change_text(area, mse.dev_metric.digits)]
         for comparison, strategy in ((mse, "soft_dtw"), (soft_dtw, "zero_pad")):
-            for name, digits in (("nll", 3), ("wer", 2)):
+            digits = {metric.name: metric.digits for metric in comparison.metrics}
+            for name in ("nll", "wer"):
                 found = comparison.summary[name].get(strategy)
-                change = found and f"{_change(found.difference, digits)}: {found.verdict}"
+                change = found and f"{change_text(found.difference, digits[name])}: {found.verdict}"
                 cells.append(change or MISSING)
         rows.append(cells)
     return header, rows
-
-
-def _change(interval, digits):
-    return signed(interval.estimate, digits) + interval_text(interval, digits)
 
 
 def _recognition(row):
@@ -243,10 +239,16 @@ def draw_panel(axes, comparison):
             label = metric.recognizer if row == 0 else None
             axes.plot(found.estimate, y, marker, color=colour, markersize=4, label=label)
             if abs(found.estimate) > LIMIT:  # beyond the panel: said in words
-                side = math.copysign(LIMIT, found.estimate)
-                text = f"{found.estimate:+.1f} →" if side > 0 else f"← −{-found.estimate:.1f}"
-                align = "right" if side > 0 else "left"
-                axes.text(side, y, text, color=colour, ha=align, va="bottom", fontsize=7)
+                above, text = found.estimate > 0, signed(found.estimate, 1)
+                axes.text(
+                    LIMIT if above else -LIMIT,
+                    y,
+                    f"{text} →" if above else f"← {text}",
+                    color=colour,
+                    ha="right" if above else "left",
+                    va="bottom",
+                    fontsize=7,
+                )
     axes.axvline(0, color="#555555", linewidth=0.8)
     axes.set_yticks(range(len(systems)), systems)
     axes.set_ylim(len(systems) - 0.5, -0.5)  # the first on top

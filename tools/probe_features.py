@@ -9,8 +9,7 @@ each layer by itself. Every kind of feature is treated alike: zero mean and unit
 dimension over an utterance, the same updates, batches and learning rates; of these the one with the
 fewest dev errors counts. Features are the teacher's layers, log-mel energies (80 bands, 25 ms every
 20 ms: the teacher's frames), and log-mel with neighbouring frames beside each. Prints a table of
-the errors, in percent; with
-``--noise_folder`` also those of the test in noise.
+the errors, in percent; with ``--noise_folder`` also those of the test in noise.
 """
 
 import argparse

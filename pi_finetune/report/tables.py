@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MISSING",
     "best_cells",
+    "change_text",
     "convergence_rows",
     "convergence_table",
     "difference_table",
@@ -232,7 +233,7 @@ def difference_table(comparison: "Comparison", render: Callable[[list, list], st
             d = found.difference
             if d is None:
                 continue
-            change = signed(d.estimate, metric.digits) + interval_text(d, metric.digits)
+            change = change_text(d, metric.digits)
             tests = (share(d.p_improvement), p_text(d.p_value), p_text(found.p_holm))
             verdict = (p_text(found.p_equivalence), found.verdict or MISSING)
             family = found.family or MISSING
@@ -262,9 +263,7 @@ def convergence_table(comparison: "Comparison", render: Callable[[list, list], s
                 updates,
                 number(float(np.mean(seconds)), 0),
                 number(area.estimate, digits) + interval_text(area, digits) if area else MISSING,
-                signed(change.estimate, digits) + interval_text(change, digits)
-                if change
-                else MISSING,
+                change_text(change, digits) if change else MISSING,
             ]
         )
     name = comparison.dev_metric.label
@@ -332,6 +331,11 @@ def interval_text(interval: "Interval", digits: int) -> str:
     if not math.isfinite(interval.low):
         return ""
     return f" [{number(interval.low, digits)}, {number(interval.high, digits)}]"
+
+
+def change_text(interval: "Interval", digits: int) -> str:
+    """A difference with its sign and, where there is one, its interval: ``+0.30 [−2.04, 2.64]``."""
+    return signed(interval.estimate, digits) + interval_text(interval, digits)
 
 
 def p_text(value: float | None) -> str:
