@@ -42,7 +42,8 @@ def in_a_process(function, run=None, delay=0.0):
 
 
 def checkpoints_of(folder):
-    return sorted(folder.glob("CKPT*"), key=lambda path: path.name)
+    """Oldest first. Not by name: within a second, a name that was deleted is given again."""
+    return sorted(folder.glob("CKPT*"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def checkpoints(run):
