@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pi_finetune.data.loading import SpeechPairs
 
 __all__ = [
+    "CompressedSpectralLoss",
     "L1STFTLoss",
     "MSEDistance",
     "RepresentationObjective",
@@ -52,6 +53,9 @@ __all__ = [
 ]
 
 Rngs = Sequence[np.random.Generator] | None
+
+#: Added to powers, since roots have no gradient at digital silence.
+_SILENT = 1e-10
 
 
 class MSEDistance:
@@ -510,17 +514,95 @@ class L1STFTLoss(nn.Module):
 
     @staticmethod
     def _magnitude(wavs: Tensor, window_length: int) -> Tensor:
-        window = torch.hann_window(window_length, device=wavs.device)
-        spectrum = torch.stft(
-            wavs,
-            window_length,
-            hop_length=window_length // 4,
-            window=window,
-            pad_mode="constant",
-            return_complex=True,
+        power = _power(_stft(wavs, window_length))
+        return (power + _SILENT).sqrt()
+
+
+class CompressedSpectralLoss(nn.Module):
+    """Error between spectra compressed by a power law, relative to the clean one's, in dB.
+
+    With ``X_c = |X|^c exp(j arg X)`` it is ``10 log10(e + 10^(-max_snr / 10))``, where ``e`` is
+    ``(1 - complex_share) ||X|^c - |Y|^c|^2 + complex_share |X_c - Y_c|^2``, summed over valid
+    frames and bins, over the sum of ``|Y|^(2c)``. The sum is that of Braun and Tashev ("Data
+    augmentation and loss normalization for deep noise suppression", SPECOM 2020, eq. 5); the
+    logarithm and its bound are those of :class:`SNRLoss`. The compression weights bins as loudness
+    does, so weak speech counts beside strong; the complex part fixes phase, both fix the level.
+
+    Arguments
+    ---------
+    compression : float
+        c. Default: 0.3.
+    complex_share : float
+        Weight of the complex part, from 0 to 1. Default: 0.3.
+    max_snr : float
+        No more than this is rewarded, in dB. Default: 30.
+    window_length : int
+        In samples; the hop is a quarter. Default: 512.
+
+    Example
+    -------
+    >>> clean, lengths = torch.sin(torch.arange(1000.0))[None], torch.tensor([1000])
+    >>> louder, same = (CompressedSpectralLoss()(gain * clean, clean, lengths) for gain in (2, 1))
+    >>> round(float(louder), 1), round(float(same), 1)
+    (-12.6, -30.0)
+    """
+
+    def __init__(
+        self,
+        compression: float = 0.3,
+        complex_share: float = 0.3,
+        max_snr: float = 30.0,
+        window_length: int = 512,
+    ):
+        super().__init__()
+        if not 0 < compression <= 1:
+            raise ValueError(f"compression must be above 0 and at most 1, got {compression}")
+        if not 0 <= complex_share <= 1:
+            raise ValueError(f"complex_share must be from 0 to 1, got {complex_share}")
+        self.compression, self.complex_share = compression, complex_share
+        self.threshold = 10 ** (-max_snr / 10)
+        self.window_length = window_length
+
+    def forward(
+        self,
+        enhanced: Tensor | Waveforms,
+        clean: Tensor | Waveforms,
+        lengths: Lengths | None = None,
+        rngs: Rngs = None,
+    ) -> Tensor:
+        *pair, samples = _valid_samples(enhanced, clean, lengths)
+        (x, x_magnitude), (y, y_magnitude) = (self._compressed(wavs) for wavs in pair)
+        apart = (x_magnitude - y_magnitude).square()
+        apart = apart + self.complex_share * (_power(x - y) - apart)
+        frames = samples // (self.window_length // 4) + 1
+        error, energy = (
+            zero_beyond(of_bins.sum(dim=1), frames).sum(1)
+            for of_bins in (apart, y_magnitude.square())
         )
-        power = spectrum.real.square() + spectrum.imag.square()
-        return (power + 1e-10).sqrt()  # the root has no gradient at digital silence
+        return 10 * torch.log10(error / energy + self.threshold)
+
+    def _compressed(self, wavs: Tensor) -> tuple[Tensor, Tensor]:
+        """Spectra of the wavs [B, T] and their magnitudes, compressed, [B, F, N] each."""
+        spectrum = _stft(wavs, self.window_length)
+        power = _power(spectrum) + _SILENT
+        compressed = spectrum * power.pow((self.compression - 1) / 2)
+        return compressed, power.pow(self.compression / 2)
+
+
+def _stft(wavs: Tensor, window_length: int) -> Tensor:
+    """Of the wavs [B, T], complex [B, F, N]; Hann window, a quarter of it as hop."""
+    return torch.stft(
+        wavs,
+        window_length,
+        hop_length=window_length // 4,
+        window=torch.hann_window(window_length, device=wavs.device),
+        pad_mode="constant",
+        return_complex=True,
+    )
+
+
+def _power(spectrum: Tensor) -> Tensor:
+    return spectrum.real.square() + spectrum.imag.square()
 
 
 class WeightedSum(nn.Module):

@@ -18,6 +18,7 @@ from pi_finetune.lengths import (
     zero_beyond,
 )
 from pi_finetune.objectives import (
+    CompressedSpectralLoss,
     L1STFTLoss,
     MSEDistance,
     RepresentationObjective,
@@ -221,6 +222,7 @@ def test_a_training_step_reads_nothing_back_from_the_device(
         "representation": RepresentationObjective(teacher, distance, perturbation),
         "si_sdr": SISDRLoss(),
         "l1": L1STFTLoss(),
+        "compressed": CompressedSpectralLoss(),
     }
     objective = WeightedSum(terms, dict.fromkeys(terms, 1.0))
     optimizer = torch.optim.AdamW(model.parameters())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pi_finetune.lengths import Waveforms
 from pi_finetune.objectives import (
+    CompressedSpectralLoss,
     L1STFTLoss,
     MSEDistance,
     RepresentationObjective,
@@ -159,7 +160,7 @@ def test_si_sdr_loss_equals_the_metric():
         assert -loss[i].item() == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("loss", [SISDRLoss(), L1STFTLoss()])
+@pytest.mark.parametrize("loss", [SISDRLoss(), L1STFTLoss(), CompressedSpectralLoss()])
 def test_signal_losses_do_not_depend_on_padding(loss):
     x, lengths = batch([4000, 2400])
     y, _ = batch([4000, 2400], seed=1)
@@ -172,30 +173,59 @@ def test_signal_losses_do_not_depend_on_padding(loss):
     assert loss(x, x, lengths).max() < whole.min()
 
 
-def test_l1_stft_is_that_of_plain_fourier_sums():
+def spectra(wav, size):
     """NumPy in float64, one utterance and one frame at a time."""
+    hop, padded = size // 4, np.pad(wav, size // 2)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
+    starts = range(0, len(wav) // hop * hop + 1, hop)
+    return np.array([np.fft.rfft(window * padded[s : s + size]) for s in starts])
 
-    def magnitudes(wav, size):
-        hop, padded = size // 4, np.pad(wav, size // 2)
-        window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
-        starts = range(0, len(wav) // hop * hop + 1, hop)
-        return np.array([abs(np.fft.rfft(window * padded[s : s + size])) for s in starts])
 
+def assert_close_to_plain(loss, plain):
     lengths = [2000, 1777, 600]
     (x, lengths_), (y, _) = batch(lengths), batch(lengths, seed=1)
-    sizes = (400, 600)
-    expected = []
-    for a, b, length in zip(x.double().numpy(), y.double().numpy(), lengths):
-        a, b = a[:length], b[:length]
-        spectra = [abs(magnitudes(a, size) - magnitudes(b, size)).mean() for size in sizes]
-        expected.append(abs(a - b).mean() + np.mean(spectra))
-    found = L1STFTLoss(sizes)(y, x, lengths_)
+    pairs = zip(x.double().numpy(), y.double().numpy(), lengths)
+    expected = [plain(a[:length], b[:length]) for a, b, length in pairs]
+    found = loss(y, x, lengths_)
     torch.testing.assert_close(found.double(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_l1_stft_is_that_of_plain_fourier_sums():
+    sizes = (400, 600)
+
+    def plain(a, b):
+        distances = [abs(abs(spectra(a, size)) - abs(spectra(b, size))).mean() for size in sizes]
+        return abs(a - b).mean() + np.mean(distances)
+
+    assert_close_to_plain(L1STFTLoss(sizes), plain)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_compressed_spectral_is_that_of_plain_fourier_sums(share):
+    def plain(a, b):
+        y, x = spectra(a, 256), spectra(b, 256)
+        apart = (abs(x) ** 0.5 - abs(y) ** 0.5) ** 2
+        directed = abs(
+            abs(x) ** 0.5 * np.exp(1j * np.angle(x)) - abs(y) ** 0.5 * np.exp(1j * np.angle(y))
+        )
+        error = ((1 - share) * apart + share * directed**2).sum() / abs(y).sum()
+        return 10 * np.log10(error + 0.01)
+
+    loss = CompressedSpectralLoss(0.5, share, max_snr=20, window_length=256)
+    assert_close_to_plain(loss, plain)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("compression", 0), ("compression", 1.1), ("complex_share", -0.1)]
+)
+def test_compressed_spectral_refuses_what_makes_no_sense(argument, value):
+    with pytest.raises(ValueError, match=argument):
+        CompressedSpectralLoss(**{argument: value})
 
 
 def test_signal_losses_survive_silence():
     clean = torch.zeros(1, 4000)
-    for loss in (SISDRLoss(), L1STFTLoss()):
+    for loss in (SISDRLoss(), L1STFTLoss(), CompressedSpectralLoss()):
         y = torch.zeros(1, 4000, requires_grad=True)
         loss(y, clean, torch.tensor([4000])).sum().backward()
         assert torch.isfinite(y.grad).all()
