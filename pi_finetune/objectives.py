@@ -421,6 +421,11 @@ def _valid_samples(
     return x, y, enhanced.lengths
 
 
+def _bounded_decibels(error: Tensor, max_snr: float) -> Tensor:
+    """A relative error [B] in dB; below ``-max_snr`` it hardly falls."""
+    return 10 * torch.log10(error + 10 ** (-max_snr / 10))
+
+
 class SISDRLoss(nn.Module):
     """Negative SI-SDR in dB (Le Roux et al., ICASSP 2019), means removed over valid samples."""
 
@@ -466,7 +471,7 @@ class SNRLoss(nn.Module):
 
     def __init__(self, max_snr: float = 30.0):
         super().__init__()
-        self.threshold = 10 ** (-max_snr / 10)
+        self.max_snr = max_snr
 
     def forward(
         self,
@@ -477,7 +482,7 @@ class SNRLoss(nn.Module):
     ) -> Tensor:
         x, y, _ = _valid_samples(enhanced, clean, lengths)
         noise = (x - y).square().sum(1) / (y.square().sum(1) + 1e-8)
-        return 10 * torch.log10(noise + self.threshold)
+        return _bounded_decibels(noise, self.max_snr)
 
 
 class L1STFTLoss(nn.Module):
@@ -507,7 +512,7 @@ class L1STFTLoss(nn.Module):
         loss = (a - b).abs().sum(1) / on_device(samples, a.device)
         for window_length in self.window_lengths:
             x, y = self._magnitude(a, window_length), self._magnitude(b, window_length)
-            frames = samples // (window_length // 4) + 1
+            frames = _stft_frames(samples, window_length)
             total = zero_beyond((x - y).abs().mean(dim=1), frames).sum(1)
             loss = loss + total / on_device(frames, x.device) / len(self.window_lengths)
         return loss
@@ -560,7 +565,7 @@ class CompressedSpectralLoss(nn.Module):
         if not 0 <= complex_share <= 1:
             raise ValueError(f"complex_share must be from 0 to 1, got {complex_share}")
         self.compression, self.complex_share = compression, complex_share
-        self.threshold = 10 ** (-max_snr / 10)
+        self.max_snr = max_snr
         self.window_length = window_length
 
     def forward(
@@ -574,12 +579,12 @@ class CompressedSpectralLoss(nn.Module):
         (x, x_magnitude), (y, y_magnitude) = (self._compressed(wavs) for wavs in pair)
         apart = (x_magnitude - y_magnitude).square()
         apart = apart + self.complex_share * (_power(x - y) - apart)
-        frames = samples // (self.window_length // 4) + 1
+        frames = _stft_frames(samples, self.window_length)
         error, energy = (
             zero_beyond(of_bins.sum(dim=1), frames).sum(1)
             for of_bins in (apart, y_magnitude.square())
         )
-        return 10 * torch.log10(error / energy + self.threshold)
+        return _bounded_decibels(error / energy, self.max_snr)
 
     def _compressed(self, wavs: Tensor) -> tuple[Tensor, Tensor]:
         """Spectra of the wavs [B, T] and their magnitudes, compressed, [B, F, N] each."""
@@ -599,6 +604,11 @@ def _stft(wavs: Tensor, window_length: int) -> Tensor:
         pad_mode="constant",
         return_complex=True,
     )
+
+
+def _stft_frames(samples: Tensor, window_length: int) -> Tensor:
+    """How many frames of ``_stft`` the valid samples [B] have."""
+    return samples // (window_length // 4) + 1
 
 
 def _power(spectrum: Tensor) -> Tensor:
