@@ -4,10 +4,10 @@
         --data_folder LibriSpeech --splits dev-clean --noise_folder noise
 
 For each share it prints by how much the negative log-likelihood per token of the true transcripts
-differs from that of the unprocessed mixtures, with a paired interval: at each SNR, up to 0 dB, from
-5 dB on, and in all. Below 0 is better. Beside it stand the mean PESQ, and by how much the level of
-the output differs from that of the clean speech in the mixture. With ``--part test --each_snr`` it
-is a test.
+differs from that of the unprocessed mixtures, with a paired interval that resamples utterances: at
+each SNR, up to 0 dB, from 5 dB on, and in all. Below 0 is better. Beside it stand the mean PESQ,
+and by how much the level of the output differs from that of the clean speech in the mixture. With
+``--part test --each_snr`` it is a test; ``--draws`` of noise make it a sharper one.
 """
 
 import argparse
@@ -42,6 +42,7 @@ def main(argv=None):
         "--snrs", nargs="+", type=float, default=[-5, 0, 5, 10, 15, 20, math.inf], help="in dB"
     )
     parser.add_argument("--each_snr", action="store_true", help="every utterance at every SNR")
+    parser.add_argument("--draws", type=int, default=1, help="of noise for each utterance and SNR")
     parser.add_argument("--mixes", nargs="+", type=float, default=[0.4, 0.6, 0.8, 1.0])
     parser.add_argument("--count", type=int, help="utterances. Default: all")
     parser.add_argument("--seed", type=int, default=0)
@@ -58,9 +59,10 @@ def main(argv=None):
         each_snr=args.each_snr,
     )
     enhancer, recognizer = load_enhancer(args.enhancer).eval(), load_recognizer(args.asr_source)
-    found, snrs, heard = [], [], []
-    for index in tqdm(range(len(pairs)), desc="mixtures", disable=None):
-        pair = pairs[index]
+    found, snrs, heard, utterances = [], [], [], []
+    addresses = [(index, draw) for index in range(len(pairs)) for draw in range(args.draws)]
+    for address in tqdm(addresses, desc="mixtures", disable=None):
+        pair = pairs[address]
         if pair["text"] is None:
             continue
         noisy, length = pair["noisy"], torch.tensor([len(pair["noisy"])])
@@ -72,9 +74,10 @@ def main(argv=None):
         power = wavs.square().sum(1) / pair["clean"].square().sum()
         heard.append([[metrics.pesq_wb(clean, wav.numpy()) for wav in wavs], 10 * power.log10()])
         snrs.append(math.inf if pair["snr"] is None else pair["snr"])
+        utterances.append(pairs.items[address[0]][0])
     nats = np.array([[nll for nll, _ in row] for row in found])
     tokens = np.array([row[0][1] for row in found])
-    snrs = np.array(snrs)
+    snrs, utterances = np.array(snrs), np.array(utterances)
     pesq = np.array([row[0] for row in heard], dtype=float)  # NaN: none, as of silence
     level = np.array([row[1].numpy() for row in heard])
     groups = {f"{snr:g} dB": snrs == snr for snr in sorted(set(snrs))}
@@ -88,9 +91,15 @@ def main(argv=None):
         ]
         print(f"{name}: {len(counts)} mixtures, unprocessed {plain:.3f}, {signal[0]}")
         for column, mix in enumerate(args.mixes, start=1):
-            found = bootstrap_ratio(nats[chosen, column] - nats[chosen, 0], counts)
+            found = _change(nats[chosen, column] - nats[chosen, 0], counts, utterances[chosen])
             change = f"{found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
             print(f"  mix {mix:.2f}: {change}, {signal[column]}")
+
+
+def _change(nats, tokens, utterances):
+    """Nats a token, with an interval that keeps all mixtures of an utterance together."""
+    rows = np.unique(utterances, return_inverse=True)[1]
+    return bootstrap_ratio(np.bincount(rows, nats), np.bincount(rows, tokens))
 
 
 if __name__ == "__main__":
