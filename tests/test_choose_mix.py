@@ -26,13 +26,17 @@ def test_draws_of_one_utterance_are_no_further_utterances():
     assert vars(thrice) == pytest.approx(vars(once))
 
 
-def test_table_of_draws(capsys):
+def table(capsys, options):
+    """The lines of a table of the shipped mini corpus."""
     models, mini = Path(asset_folder()) / "models", Path(asset_folder()) / "mini"
     arguments = ["--enhancer", models / "enhancer_mini", "--asr_source", models / "asr"]
     arguments += ["--data_folder", mini / "speech", "--noise_folder", mini / "noise"]
-    arguments += "--splits dev* --count 2 --each_snr --snrs 0 20 --draws 2 --mixes 0 1".split()
-    choose_mix.main([str(each) for each in arguments])
-    lines = capsys.readouterr().out.splitlines()
+    choose_mix.main([str(each) for each in [*arguments, *options.split()]])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_table_of_draws(capsys):
+    lines = table(capsys, "--splits dev* --count 2 --each_snr --snrs 0 20 --draws 2 --mixes 0 1")
     groups = [line for line in lines if "mixtures" in line]
     assert [line.split(",")[0] for line in groups] == [
         "0 dB: 4 mixtures",
@@ -44,3 +48,13 @@ def test_table_of_draws(capsys):
     shares = [line for line in lines if line.startswith("  mix")]
     assert all("+0.000 [+0.000, +0.000]" in line for line in shares[::2])  # the input as it is
     assert not any("+0.000 [" in line for line in shares[1::2])
+
+
+def test_each_split_has_a_table(capsys):
+    lines = table(capsys, "--splits dev test --count 1 --each_snr --snrs 0 --mixes 0.8")
+    found = [line.split(" mixtures")[0] for line in lines if "mixtures" in line]
+    assert found == [
+        *("dev, 0 dB: 1", "dev, up to 0 dB: 1", "dev, all: 1"),
+        *("test, 0 dB: 1", "test, up to 0 dB: 1", "test, all: 1"),
+        *("0 dB: 2", "up to 0 dB: 2", "all: 2"),
+    ]
