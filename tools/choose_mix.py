@@ -26,7 +26,7 @@ from pi_finetune.errors import UserError, command
 from pi_finetune.lengths import Waveforms
 from pi_finetune.recognizers import load_recognizer
 from pi_finetune.results import metrics
-from pi_finetune.results.statistics import bootstrap_ratio
+from pi_finetune.results.statistics import bootstrap_ratio, sum_by_unit
 
 
 @command
@@ -132,8 +132,7 @@ def _print(name, columns, mixes):
 
 def _change(nats, tokens, utterances):
     """Nats a token, with an interval that keeps all mixtures of an utterance together."""
-    rows = np.unique(utterances, return_inverse=True)[1]
-    return bootstrap_ratio(np.bincount(rows, nats), np.bincount(rows, tokens))
+    return bootstrap_ratio(*sum_by_unit(utterances, nats, tokens))
 
 
 if __name__ == "__main__":

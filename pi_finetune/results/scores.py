@@ -18,6 +18,7 @@ from pi_finetune.results.declarations import (
     Metric,
 )
 from pi_finetune.results.runs import reference_words
+from pi_finetune.results.statistics import sum_by_unit
 
 if TYPE_CHECKING:
     from pi_finetune.results.runs import Run
@@ -180,11 +181,9 @@ class MetricScores:
         self, strategy: str, only: slice | np.ndarray = slice(None)
     ) -> tuple[np.ndarray, np.ndarray]:
         """Numerators [S, U'] and weights [U'] per unit: what a bootstrap may resample."""
-        _, unit = np.unique(self.units[only], return_inverse=True)
-        sums = [
-            np.bincount(unit, row) for row in (*self.stacked(strategy, only), self.weights[only])
-        ]
-        return np.stack(sums[:-1]), sums[-1]
+        rows = (*self.stacked(strategy, only), self.weights[only])
+        *sums, weights = sum_by_unit(self.units[only], *rows)
+        return np.stack(sums), weights
 
 
 def metric_scores(

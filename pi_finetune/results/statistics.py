@@ -43,6 +43,7 @@ __all__ = [
     "percentile_bootstrap",
     "ratio_fields",
     "seed_interval",
+    "sum_by_unit",
     "updates_to_reach",
 ]
 
@@ -409,6 +410,18 @@ def percentile_bootstrap(
         rng=np.random.default_rng(seed),
         **how,
     ).confidence_interval
+
+
+def sum_by_unit(units: ArrayLike, *rows: ArrayLike) -> list[np.ndarray]:
+    """Sums of each row [P] over the places that share a unit [P]: what a bootstrap may resample.
+
+    Returns
+    -------
+    list of np.ndarray
+        [U] for each row, in the sorted order of the units.
+    """
+    _, unit = np.unique(units, return_inverse=True)
+    return [np.bincount(unit, row) for row in rows]
 
 
 def bootstrap_ratio(
